@@ -1,0 +1,127 @@
+"""Streaming mean directions of classes, from the embeddings of training batches."""
+import torch
+import torch.distributed as dist
+
+__all__ = ['ClassMeans']
+
+
+class ClassMeans:
+    """A running sum of unit embeddings for each class; its direction is the class mean m_c.
+
+    The sum is plain between two calls of `decay`, so that it does not depend on how the samples fell into batches, or
+    onto the processes of a distributed run, beyond float32 rounding. It is kept linear and the direction is taken when
+    needed, so that sums can be added up.
+
+    In a distributed run each process sums its own samples, and `merge` moves everybody's onto rank 0.
+
+    Args:
+        num_classes: C.
+        dim: d.
+        device: Where the sums live, (C, d) float32.
+    """
+
+    def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
+        self.num_classes = num_classes
+        self.dim = dim
+        self.sums = torch.zeros(num_classes, dim, device=device)
+        # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
+        self.label_range = torch.tensor([0, 0], device=device)
+
+    def to(self, device: torch.device | str) -> 'ClassMeans':
+        """Move the sums, in place."""
+        self.sums = self.sums.to(device)
+        self.label_range = self.label_range.to(device)
+        return self
+
+    @torch.no_grad()
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fold a batch in. Costs O(B d), and a pass over soft targets; never waits for the device.
+
+        Args:
+            embeddings: (B, d), unit rows, float32.
+            targets: Class indices (B,), or soft targets (B, C) as mixup and cutmix make them: of each row, the two
+                largest entries count, by how far they rise above the row's smallest, which takes out the constant that
+                label smoothing adds. Each sample has the total weight 1.
+
+        Raises:
+            ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
+        """
+        if len(targets) != len(embeddings):
+            raise ValueError(f'targets are for {len(targets)} samples, but there are {len(embeddings)} embeddings.')
+        if targets.ndim == 1:
+            if targets.is_floating_point():
+                raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), '
+                                 f'not {targets.dtype}.')
+            if len(targets) == 0:
+                return
+            targets = targets.long()
+            self.label_range = torch.stack([
+                torch.minimum(self.label_range[0], targets.min()), torch.maximum(self.label_range[1], targets.max())])
+            # On a GPU an index out of range would end the process before `check` can name it.
+            self.sums.index_add_(0, targets.clamp(0, self.num_classes - 1), embeddings)
+        elif targets.ndim == 2 and targets.shape[1] == self.num_classes:
+            targets = targets.float()
+            shares, labels = targets.topk(min(2, self.num_classes), dim=1)
+            shares = shares - targets.amin(dim=1, keepdim=True)
+            total = shares.sum(dim=1, keepdim=True)
+            shares = torch.where(total == 0, total, shares / total)
+            for share, label in zip(shares.unbind(1), labels.unbind(1)):
+                # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
+                share = share.unsqueeze(1)
+                self.sums.index_add_(0, label, torch.where(share != 0, share * embeddings, 0.0))
+        else:
+            raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}), '
+                             f'not of the shape {tuple(targets.shape)}.')
+
+    def check(self) -> None:
+        """Raise a ValueError that names a class if a label was out of range or a sum is not finite. Waits."""
+        lowest, highest = self.label_range.tolist()
+        if lowest < 0 or highest >= self.num_classes:
+            raise ValueError(f'targets contained class {lowest if lowest < 0 else highest}, '
+                             f'outside 0..{self.num_classes - 1}.')
+        broken = (~torch.isfinite(self.sums).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            more = f' (and of {len(broken) - 1} more)' if len(broken) > 1 else ''
+            raise ValueError(f'embeddings or targets of class {broken[0]}{more} were not finite: the training has '
+                             f'diverged, or its input holds NaN. The assignment was left as it is.')
+
+    def directions(self) -> torch.Tensor:
+        """Return the class means (C, d), float64 on the CPU: unit rows, zero for a class without samples."""
+        sums = self.sums.to('cpu', torch.float64)
+        lengths = sums.norm(dim=1, keepdim=True)
+        return torch.where(lengths > 0, sums / lengths, 0.0)
+
+    def decay(self, momentum: float) -> None:
+        """Multiply what was summed so far by `momentum`, 0 to 1."""
+        self.sums *= momentum
+
+    def merge(self) -> None:
+        """Add up the processes' sums on rank 0 and empty the others'. Every process must call it; alone, it does
+        nothing."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        dist.reduce(self.sums, dst=0)
+        extremes = torch.stack([-self.label_range[0], self.label_range[1]])
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        self.label_range = torch.stack([-extremes[0], extremes[1]])
+        if dist.get_rank() != 0:
+            self.sums.zero_()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums (C, d) float32 and the range of labels (2,) int64, as copies on the CPU."""
+        return {'sums': self.sums.cpu().clone(), 'label_range': self.label_range.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a state. In a distributed run, all processes may load the same one: rank 0 keeps it.
+
+        Raises:
+            ValueError: It is of another number of classes or another dimension. Nothing was changed.
+        """
+        sums, label_range = state['sums'], state['label_range']
+        if sums.shape != self.sums.shape:
+            raise ValueError(f'the saved class means have the shape {tuple(sums.shape)}, '
+                             f'not {tuple(self.sums.shape)}: they are of another head.')
+        self.sums = sums.to(self.sums.device, torch.float32, copy=True)
+        self.label_range = label_range.to(self.label_range.device, torch.int64, copy=True)
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            self.sums.zero_()

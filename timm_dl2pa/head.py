@@ -1,0 +1,315 @@
+"""DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .assignment import check_assignment
+from .prototypes import check_prototypes, make_prototypes
+
+__all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
+
+NECKS = ('linear', 'linear_bn', 'none')
+TRAIN_OUTPUTS = ('logits', 'embeddings')
+
+# Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
+_SHORTEST = 1e-6
+
+
+def default_scale(num_classes: int) -> float:
+    """Return the scale of the cosines that lets a perfect embedding reach the probability P = 0.9999.
+
+    `(C - 1) / C * log((C - 1) P / (1 - P))`, the lower bound of CosFace (Wang et al. 2018, section 3.3) for class
+    vectors spread as evenly as a simplex: 10.2 for 10 classes, 13.7 for 100, 16.1 for 1,000, 19.2 for 21,841.
+    """
+    probability = 0.9999
+    return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
+
+
+@dataclass(frozen=True)
+class DL2PAConfig:
+    """What a head is made from: with the head's state dict, enough to build it again.
+
+    Attributes:
+        in_features: Number of backbone features.
+        num_classes: C, at least 2.
+        dim: d, the dimension of the embeddings.
+        num_prototypes: K >= C; None means C.
+        neck: 'linear', 'linear_bn' (batch norm after it) or 'none' (the features are the embedding).
+        scale: Factor on the cosines; None means `default_scale(num_classes)`.
+        learn_scale: Whether the scale is a parameter.
+        train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
+        seed: Seed of the prototypes.
+        own_prototypes: Whether the prototypes were given rather than made from the seed.
+
+    Raises:
+        ValueError: A value is out of range, or two exclude each other.
+    """
+    in_features: int
+    num_classes: int
+    dim: int
+    num_prototypes: int | None = None
+    neck: str = 'linear'
+    scale: float | None = None
+    learn_scale: bool = False
+    train_output: str = 'logits'
+    seed: int = 0
+    own_prototypes: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (('in_features', 1), ('num_classes', 2), ('dim', 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} must be at least {least}, not {getattr(self, name)}.')
+        if self.num_prototypes is None:
+            object.__setattr__(self, 'num_prototypes', self.num_classes)
+        if self.num_prototypes < self.num_classes:
+            raise ValueError(f'num_prototypes must be at least num_classes={self.num_classes}, '
+                             f'not {self.num_prototypes}.')
+        if self.neck not in NECKS:
+            raise ValueError(f'neck must be one of {", ".join(NECKS)}, not {self.neck!r}.')
+        if self.neck == 'none' and self.dim != self.in_features:
+            raise ValueError(f"neck='none' uses the features as the embedding, so dim must be their number, "
+                             f"{self.in_features}, not {self.dim}.")
+        if self.train_output not in TRAIN_OUTPUTS:
+            raise ValueError(f'train_output must be one of {", ".join(TRAIN_OUTPUTS)}, not {self.train_output!r}.')
+        if self.learn_scale and self.train_output == 'embeddings':
+            raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
+        if self.scale is None:
+            object.__setattr__(self, 'scale', default_scale(self.num_classes))
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f'scale must be positive and finite, not {self.scale}.')
+
+
+class DL2PAHead(nn.Module):
+    """A classifier head whose class vectors are fixed prototypes on the unit sphere.
+
+    An embedding z is the neck's output divided by its length. The logit of class c is `scale * <z, p_a(c)>`, where p_k
+    are the prototypes and a the assignment (DL2PA, section 3). Lengths, cosines and logits are computed in float32,
+    under autocast and in a bfloat16 or float16 model too; an embedding of length zero has logits and gradients zero.
+
+    Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
+    `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
+    parameter `log_scale` if it is learned.
+
+    `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
+    `AssignmentScheduler` sees them. It is not copied, pickled or saved with the head.
+
+    Args:
+        in_features: Number of backbone features.
+        num_classes: C, at least 2.
+        dim: d, which may be far smaller than C.
+        num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
+        prototypes: (K, d) unit rows of your own. Default: `make_prototypes(num_prototypes, dim, seed=seed)`.
+        neck: 'linear', 'linear_bn', or 'none', which needs `dim == in_features`.
+        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace.
+        learn_scale: Make the scale a parameter, in the log domain so that it stays positive.
+        train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
+            then made in evaluation mode only.
+        seed: Seed of the prototypes. The neck's weights are drawn as PyTorch draws those of any layer.
+        device: Where parameters and buffers are made.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range, two exclude each other, or the prototypes are not finite unit rows.
+    """
+
+    prototypes: torch.Tensor
+    assignment: torch.Tensor
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            dim: int,
+            *,
+            num_prototypes: int | None = None,
+            prototypes: torch.Tensor | None = None,
+            neck: str = 'linear',
+            scale: float | None = None,
+            learn_scale: bool = False,
+            train_output: str = 'logits',
+            seed: int = 0,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if prototypes is not None:
+            prototypes = torch.as_tensor(prototypes).detach()
+            check_prototypes(prototypes, num_classes)
+            if prototypes.shape[1] != dim:
+                raise ValueError(f'prototypes have {prototypes.shape[1]} dimensions, but dim={dim}.')
+            if num_prototypes not in (None, len(prototypes)):
+                raise ValueError(f'prototypes has {len(prototypes)} rows, but num_prototypes={num_prototypes}.')
+            num_prototypes = len(prototypes)
+        self.config = DL2PAConfig(
+            in_features=in_features,
+            num_classes=num_classes,
+            dim=dim,
+            num_prototypes=num_prototypes,
+            neck=neck,
+            scale=scale,
+            learn_scale=learn_scale,
+            train_output=train_output,
+            seed=seed,
+            own_prototypes=prototypes is not None,
+        )
+        if prototypes is None:
+            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=seed)
+
+        device = torch.empty(0, device=device).device  # the default device where none is given
+        if neck == 'none':
+            self.neck = nn.Identity()
+        elif neck == 'linear':
+            self.neck = nn.Linear(in_features, dim, device=device, dtype=dtype)
+        else:
+            self.neck = nn.Sequential(
+                nn.Linear(in_features, dim, bias=False, device=device, dtype=dtype),
+                nn.BatchNorm1d(dim, device=device, dtype=dtype),
+            )
+        if learn_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale), device=device, dtype=dtype))
+        else:
+            self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
+        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
+        self.register_buffer('assignment', torch.arange(num_classes, device=device))
+        self.observer: Callable[[torch.Tensor], None] | None = None
+
+    @classmethod
+    def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
+        """Build a head from its config, and from its prototypes where they are at hand: then none are computed.
+
+        Raises:
+            ValueError: The config says that the prototypes were given, and they are not.
+        """
+        if config.own_prototypes and prototypes is None:
+            raise ValueError('this head was made with prototypes of its own: pass them as prototypes=.')
+        arguments = dict(vars(config), prototypes=prototypes, **kwargs)
+        del arguments['own_prototypes']
+        head = cls(**arguments)
+        head.config = config
+        return head
+
+    @property
+    def in_features(self) -> int:
+        return self.config.in_features
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def train_output(self) -> str:
+        return self.config.train_output
+
+    @property
+    def class_prototypes(self) -> torch.Tensor:
+        """The prototype of each class, (C, d) float32."""
+        return self.prototypes[self.assignment]
+
+    def current_scale(self) -> torch.Tensor:
+        """Return the factor on the cosines, () float32; with a gradient if it is learned."""
+        return self.log_scale.float().exp() if self.config.learn_scale else self.scale
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return unit embeddings (B, d), float32, of features (B, in_features)."""
+        z = self.neck(x)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+            # Comparing with < keeps NaN lengths NaN, so that a diverged embedding does not pass for a zero one.
+            return z * torch.where(length < _SHORTEST, 0.0, 1.0 / length.clamp_min(_SHORTEST))
+
+    def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return embeddings.float() @ self.class_prototypes.t()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        embeddings = self.embed(x)
+        if self.training:
+            if self.observer is not None:
+                self.observer(embeddings.detach())
+            if self.config.train_output == 'embeddings':
+                return embeddings
+        return self.cosines(embeddings) * self.current_scale()
+
+    @torch.no_grad()
+    def assign(self, assignment: torch.Tensor) -> None:
+        """Give each class c the prototype `assignment[c]`, in place.
+
+        Args:
+            assignment: (C,) whole numbers in 0..K-1, no two the same.
+
+        Raises:
+            ValueError: It is not that. The assignment in force stays.
+        """
+        check_assignment(assignment, self.num_classes, len(self.prototypes))
+        self.assignment.copy_(assignment)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (f'in_features={config.in_features}, num_classes={config.num_classes}, dim={config.dim}, '
+                f'num_prototypes={config.num_prototypes}, scale={config.scale:.4g}'
+                + (', learn_scale=True' if config.learn_scale else '')
+                + (", train_output='embeddings'" if config.train_output == 'embeddings' else ''))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
+        return dict(self.__dict__, observer=None)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':
+        before = {name: self._buffers[name] for name in ('prototypes', 'scale') if name in self._buffers}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(
+            self,
+            state_dict: dict[str, Any],
+            prefix: str,
+            local_metadata: dict[str, Any],
+            strict: bool,
+            *args: Any,
+    ) -> None:
+        # Everything is checked before anything is copied, the neck included, so that an error leaves the head whole.
+        own = self.state_dict()
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if strict and given and len(given) < len(own):
+            missing = ', '.join(prefix + name for name in own if name not in given)
+            raise RuntimeError(f'the state dict has only a part of the DL2PA head: {missing} is missing.')
+        for name, value in given.items():
+            if value.shape != own[name].shape:
+                raise RuntimeError(
+                    f'{prefix}{name} has the shape {tuple(value.shape)} in the state dict, but this head, with '
+                    f'num_classes={self.num_classes}, num_prototypes={len(self.prototypes)}, dim={self.dim} and '
+                    f'in_features={self.in_features}, has {tuple(own[name].shape)}. Make the head with the numbers '
+                    f'of the saved one.')
+        # With load_state_dict(assign=True) the given tensors themselves become the buffers: they need the right dtype.
+        config = self.config
+        try:
+            if 'prototypes' in given:
+                check_prototypes(given['prototypes'])
+                prototypes = state_dict[prefix + 'prototypes'] = given['prototypes'].float()
+                if self.prototypes.is_meta or not torch.equal(prototypes.cpu(), self.prototypes.cpu()):
+                    config = replace(config, own_prototypes=True)
+            if 'assignment' in given:
+                check_assignment(given['assignment'], self.num_classes, len(self.prototypes))
+                state_dict[prefix + 'assignment'] = given['assignment'].long()
+            if 'scale' in given:
+                state_dict[prefix + 'scale'] = given['scale'].float()
+                # The config goes on telling how to build this head.
+                config = replace(config, scale=float(given['scale']))
+        except ValueError as error:
+            raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        self.config = config

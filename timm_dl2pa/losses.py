@@ -1,0 +1,153 @@
+"""The paper's two losses, on whatever a DL2PA head returns in training: logits, or unit embeddings."""
+import torch
+import torch.nn as nn
+
+from .head import DL2PAHead
+
+__all__ = ['DotRegressionLoss', 'SquaredCosineLoss']
+
+REDUCTIONS = ('mean', 'sum', 'none')
+
+
+class _PrototypeLoss(nn.Module):
+    """The cosine of each sample with its target's prototype, from logits or from embeddings.
+
+    Which of the two an output is, is decided by the head's `train_output` and mode, never by its shape.
+    """
+
+    def __init__(self, head: DL2PAHead, reduction: str, weight: float):
+        super().__init__()
+        if not isinstance(head, DL2PAHead):
+            raise TypeError(f'head must be a DL2PAHead, not {type(head).__name__}: of a wrapped model, take '
+                            f'model.get_classifier() (the first of them, if it has several).')
+        if head.config.learn_scale:
+            raise ValueError(f'{type(self).__name__} depends on cosines alone and would give the learned scale no '
+                             f'gradient: make the head with learn_scale=False.')
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, not {reduction!r}.')
+        self._head = (head,)  # in a tuple, so that the head's parameters do not become the loss's
+        self.reduction = reduction
+        self.weight = weight
+
+    @property
+    def head(self) -> DL2PAHead:
+        return self._head[0]
+
+    def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the cosines in float32: (B,) with the target's prototype for hard targets (B,), (B, C) for soft."""
+        head = self.head
+        embedded = head.training and head.train_output == 'embeddings'
+        width = head.dim if embedded else head.num_classes
+        if not isinstance(output, torch.Tensor) or output.ndim != 2 or output.shape[1] != width:
+            what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f'output must be the {"embeddings" if embedded else "logits"} (B, {width}) that the head '
+                             f'returns now, not {what}.')
+        if targets.shape not in ((len(output),), (len(output), head.num_classes)):
+            raise ValueError(f'targets must be class indices ({len(output)},) or soft targets '
+                             f'({len(output)}, {head.num_classes}), not of the shape {tuple(targets.shape)}.')
+        if not embedded:
+            chosen = output if targets.ndim == 2 else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+            return chosen.float() / head.current_scale()
+        if targets.ndim == 2:
+            return head.cosines(output)
+        # The rows of the B targets alone: nothing here grows with the number of classes.
+        return (output.float() * head.prototypes[head.assignment[targets]]).sum(dim=1)
+
+    def _reduce(self, per_sample: torch.Tensor) -> torch.Tensor:
+        per_sample = self.weight * per_sample
+        if self.reduction == 'none':
+            return per_sample
+        return per_sample.sum() if self.reduction == 'sum' else per_sample.mean()
+
+    def extra_repr(self) -> str:
+        return f'reduction={self.reduction!r}, weight={self.weight:g}'
+
+
+class SquaredCosineLoss(_PrototypeLoss):
+    """`weight * (1 - cos(z, p_a(y)))^2`, the paper's balanced loss (of Hyperspherical Prototype Networks, Mettes et
+    al. 2019).
+
+    The paper sums it over a batch of 128 and trains at the learning rate 0.01: that is `reduction='sum', weight=1`.
+    By default it is the batch's mean times WEIGHT_NOTE
+
+    With soft targets (B, C) it is the expectation `sum_c t_c (1 - cos(z, p_a(c)))^2`, which costs the (B, C) cosines.
+    With hard targets and a head that returns embeddings the cost does not depend on the number of classes.
+
+    Args:
+        head: The head whose output this takes. Held, but not registered: its parameters are not this module's.
+        reduction: 'mean' or 'sum' over the batch, or 'none'.
+        weight: Factor on the loss.
+
+    Raises:
+        TypeError: `head` is no DL2PAHead.
+        ValueError: The head's scale is learned, or `reduction` is unknown.
+
+    Example:
+        >>> criterion = SquaredCosineLoss(model.get_classifier())
+        >>> loss = criterion(model(images), labels)
+    """
+
+    def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 10.0):
+        super().__init__(head, reduction, weight)
+
+    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, float32: () or, with reduction 'none', (B,).
+
+        Args:
+            output: What the head returned: logits (B, C), or embeddings (B, d).
+            targets: Class indices (B,), or soft targets (B, C).
+        """
+        squared = (1.0 - self._cosines(output, targets)).square()
+        if targets.ndim == 2:
+            squared = (targets.to(squared.dtype) * squared).sum(dim=1)
+        return self._reduce(squared)
+
+
+class DotRegressionLoss(_PrototypeLoss):
+    """The long-tailed loss of the paper: dot regression against prototypes of a length that balances the batch.
+
+    `(h.m - |m| |h|)^2 / (2 |h|)` (Yang et al., NeurIPS 2022) with the unit embedding h and m = L_c p_a(c), where a
+    class present n_c times in a batch of B has the squared length `L_c^2 = (B / number of classes present) / n_c`. As
+    |h| = 1 it is `L_c^2 (1 - cos)^2 / 2`: the squared cosine loss, in which each class present weighs the same.
+
+    With soft targets (B, C) the loss is mixed in the same shares. Each row's smallest entry is taken out first (label
+    smoothing would make every class of the data set present) and n_c is the sum of the rest: for mixup and cutmix of a
+    batch with itself, exactly its number of samples of class c.
+
+    Args:
+        head: The head whose output this takes. Held, but not registered: its parameters are not this module's.
+        reduction: 'mean' (the paper's) or 'sum' over the batch, or 'none'.
+        weight: Factor on the loss; 1 is the paper's, for a learning rate of 0.1.
+
+    Raises:
+        TypeError: `head` is no DL2PAHead.
+        ValueError: The head's scale is learned, or `reduction` is unknown.
+    """
+
+    def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 1.0):
+        super().__init__(head, reduction, weight)
+
+    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, float32: () or, with reduction 'none', (B,).
+
+        Args:
+            output: What the head returned: logits (B, C), or embeddings (B, d).
+            targets: Class indices (B,), or soft targets (B, C).
+        """
+        squared = (1.0 - self._cosines(output, targets)).square()
+        if targets.ndim == 1:
+            ones = torch.ones_like(squared)
+            counts = torch.zeros(self.head.num_classes, device=squared.device).index_add_(0, targets.long(), ones)
+            return self._reduce(0.5 * self._squared_lengths(counts, len(targets))[targets] * squared)
+        shares = targets.to(squared.dtype)
+        shares = shares - shares.amin(dim=1, keepdim=True)
+        shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+        squared_lengths = self._squared_lengths(shares.sum(dim=0), len(targets))
+        return self._reduce(0.5 * (shares * squared_lengths * squared).sum(dim=1))
+
+    @staticmethod
+    def _squared_lengths(counts: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Return L_c^2, (C,), zero for classes that are not present in the counts (C,)."""
+        present = counts > 0
+        number_present = present.sum().clamp_min(1)
+        return torch.where(present, batch_size / number_present / torch.where(present, counts, 1.0), 0.0)

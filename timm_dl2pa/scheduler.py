@@ -1,0 +1,201 @@
+"""AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from .assignment import MAX_SCORES, solve_assignment
+from .class_means import ClassMeans
+from .head import DL2PAHead
+
+__all__ = ['AssignmentScheduler', 'AssignmentUpdate']
+
+
+@dataclass(frozen=True)
+class AssignmentUpdate:
+    """What a re-solve did.
+
+    Attributes:
+        step: Number of batches that had been folded in.
+        moved: Number of classes that changed their prototype.
+        objective_before: `sum_c <m_c, p_a(c)>` over the class means, under the assignment that was in force.
+        objective: The same under the new one: the maximum.
+        seconds: Time of the re-solve.
+    """
+    step: int
+    moved: int
+    objective_before: float
+    objective: float
+    seconds: float
+
+
+class AssignmentScheduler:
+    """Step 2 of DL2PA: now and then, assigns prototypes by the class means, `a <- argmax sum_c <m_c, p_a(c)>`.
+
+    Call `step(targets)` once after each training batch's forward (and backward): it takes the embeddings of the head's
+    last forward in training mode. A re-solve that falls due is only marked: it runs at the next `step`, before that
+    batch is folded in. So none comes between training and validation, a checkpoint holds the assignment that its
+    metric was measured with, and none comes after the last batch.
+
+    The class means are running sums of unit embeddings; each re-solve multiplies what was summed by `momentum`. (The
+    paper's moving average weighs the batches within an epoch instead. The sums do not depend on how samples fall into
+    batches or processes.) In a distributed run (`torch.distributed` initialised) every process must make the same
+    calls: at a re-solve the sums are merged, rank 0 solves, and all take its assignment, or raise its error.
+
+    Where a model has several DL2PA heads (a distilled one), the first is observed, and all get its assignment.
+
+    Args:
+        model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
+        interval: Re-solve after every so many batches, or after each 'epoch', of which `epoch_end()` tells.
+        start: No re-solve falls due before so many batches (epochs, if `interval` is 'epoch').
+        stop: None falls due after so many batches (epochs); 0 keeps the assignment static. Default: never stops.
+        momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
+
+    Raises:
+        ValueError: The model has no DL2PA head, or a number is out of range.
+
+    Example:
+        >>> scheduler = AssignmentScheduler(model, interval=len(loader))
+        >>> for images, labels in loader:
+        ...     loss = criterion(model(images), labels)
+        ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+        ...     update = scheduler.step(labels)     # None, or an AssignmentUpdate
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            interval: int | str = 'epoch',
+            *,
+            start: int = 0,
+            stop: int | None = None,
+            momentum: float = 0.5,
+    ):
+        self.heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+        if not self.heads:
+            raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+        if interval != 'epoch' and not (isinstance(interval, int) and interval >= 1):
+            raise ValueError(f"interval must be 'epoch' or a number of batches >= 1, not {interval!r}.")
+        if start < 0:
+            raise ValueError(f'start must be at least 0, not {start}.')
+        if stop is not None and stop < 0:
+            raise ValueError(f'stop must be at least 0 or None, not {stop}.')
+        if not 0 <= momentum <= 1:
+            raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
+        head = self.heads[0]
+        if stop != 0 and head.num_classes * len(head.prototypes) > MAX_SCORES:
+            warnings.warn(f'{head.num_classes} classes are too many for the exact solver: a re-solve will raise. '
+                          f'Keep the assignment static (stop=0).', stacklevel=2)
+        self.interval = interval
+        self.start = start
+        self.stop = stop
+        self.momentum = momentum
+        self.steps = 0
+        self.epochs = 0
+        self.class_means = ClassMeans(head.num_classes, head.dim, head.prototypes.device)
+        self._due = False
+        self._embeddings: torch.Tensor | None = None
+        head.observer = self._observe
+
+    def _observe(self, embeddings: torch.Tensor) -> None:
+        self._embeddings = embeddings
+
+    def step(self, targets: torch.Tensor) -> AssignmentUpdate | None:
+        """Fold in the batch of the last forward in training mode; before that, run the re-solve that is due, if any.
+
+        Costs O(B d), and a pass over soft targets; apart from a re-solve it never waits for the device.
+
+        Args:
+            targets: The batch's class indices (B,), or soft targets (B, C) as timm's mixup makes them.
+
+        Returns:
+            What the re-solve did, or None if none was due.
+
+        Raises:
+            RuntimeError: No forward in training mode came since the last step.
+            ValueError: The number of targets is not that of the embeddings. Or, at a re-solve: targets were out of
+                range or embeddings not finite (the class is named). The assignment stays as it was.
+        """
+        embeddings = self._embeddings
+        if embeddings is None:
+            raise RuntimeError(
+                'step() found no embeddings: call it once after each forward of the model in training mode. (Another '
+                'scheduler on the same model takes them over; and a copy of a model reports to no scheduler.)')
+        if len(embeddings) != len(targets):
+            raise ValueError(f'step() got {len(targets)} targets, but the last forward in training mode had '
+                             f'{len(embeddings)} embeddings.')
+        update = self._resolve() if self._due else None
+        if self.class_means.sums.device != embeddings.device:
+            self.class_means.to(embeddings.device)
+        self.class_means.add(embeddings, targets.to(embeddings.device, non_blocking=True))
+        self._embeddings = None
+        self.steps += 1
+        if self.interval != 'epoch' and self.steps % self.interval == 0:
+            self._mark(self.steps)
+        return update
+
+    def epoch_end(self) -> None:
+        """Tell that an epoch is over. With `interval='epoch'` a re-solve then is due at the next batch."""
+        self.epochs += 1
+        if self.interval == 'epoch':
+            self._mark(self.epochs)
+
+    def _mark(self, count: int) -> None:
+        if count >= self.start and (self.stop is None or count <= self.stop):
+            self._due = True
+
+    def _resolve(self) -> AssignmentUpdate:
+        began = time.perf_counter()
+        self.class_means.merge()
+        distributed = dist.is_available() and dist.is_initialized()
+        answer: list[Any] = [None]
+        if not distributed or dist.get_rank() == 0:
+            try:
+                answer = [self._solve()]
+            except Exception as error:
+                # Raised below, after the others have heard of it: they would wait forever.
+                answer = [error]
+        if distributed:
+            dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        result = answer[0]
+        for head in self.heads:
+            head.assign(result.assignment)
+        self.class_means.decay(self.momentum)
+        self._due = False
+        return AssignmentUpdate(
+            step=self.steps,
+            moved=result.moved,
+            objective_before=result.objective_before,
+            objective=result.objective,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _solve(self):
+        self.class_means.check()
+        head = self.heads[0]
+        return solve_assignment(
+            class_means=self.class_means.directions(), prototypes=head.prototypes, start=head.assignment)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
+
+        The assignment itself is in the model's state dict. In a distributed run, each process has its own sums until a
+        re-solve merges them on rank 0: save the state right after one, or from every rank.
+        """
+        return {'steps': self.steps, 'epochs': self.epochs, 'due': self._due, **self.class_means.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, bit for bit.
+
+        Raises:
+            ValueError: It is of a head with other numbers of classes or dimensions. Nothing was changed.
+        """
+        self.class_means.load_state_dict(state)
+        self.steps, self.epochs, self._due = state['steps'], state['epochs'], state['due']
+        self._embeddings = None
