@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from .assignment import check_assignment
-from .prototypes import check_prototypes, make_prototypes
+from .prototypes import check_prototypes, make_prototypes, unit_rows
 
 __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
 
@@ -139,6 +139,7 @@ class DL2PAHead(nn.Module):
         if prototypes is not None:
             prototypes = torch.as_tensor(prototypes).detach()
             check_prototypes(prototypes, num_classes)
+            prototypes = unit_rows(prototypes)
             if prototypes.shape[1] != dim:
                 raise ValueError(f'prototypes have {prototypes.shape[1]} dimensions, but dim={dim}.')
             if num_prototypes not in (None, len(prototypes)):
@@ -299,7 +300,7 @@ class DL2PAHead(nn.Module):
         try:
             if 'prototypes' in given:
                 check_prototypes(given['prototypes'])
-                prototypes = state_dict[prefix + 'prototypes'] = given['prototypes'].float()
+                prototypes = state_dict[prefix + 'prototypes'] = unit_rows(given['prototypes'])
                 if self.prototypes.is_meta or not torch.equal(prototypes.cpu(), self.prototypes.cpu()):
                     config = replace(config, own_prototypes=True)
             if 'assignment' in given:

@@ -1,0 +1,352 @@
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, default_scale, make_prototypes
+
+
+def state_of(head):
+    return {name: tensor.clone() for name, tensor in head.state_dict().items()}
+
+
+def assert_same_state(head, state):
+    assert head.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in head.state_dict().items())
+
+
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn', 'none'])
+def test_logits_are_the_papers(make_head, generator, neck):
+    head = make_head(in_features=4 if neck == 'none' else 12, neck=neck, num_prototypes=9, scale=5.0).eval()
+    head.assign(torch.randperm(9, generator=generator)[:7])
+    x = torch.randn(6, head.in_features, generator=generator)
+    embeddings = reference.embed(head.neck(x).detach().numpy())
+    expected = reference.logits(embeddings, head.prototypes.double().numpy(), head.assignment.tolist(), 5.0)
+    assert torch.allclose(head(x).double(), torch.from_numpy(expected), atol=1e-5)
+    assert torch.allclose(head.embed(x).double(), torch.from_numpy(embeddings), atol=1e-6)
+    assert torch.equal(head.class_prototypes, head.prototypes[head.assignment])
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_permuted_assignment_permutes_logits(seed):
+    head = DL2PAHead(5, 6, 3).eval()
+    generator = torch.Generator().manual_seed(seed)
+    order, x = torch.randperm(6, generator=generator), torch.randn(4, 5, generator=generator)
+    before = head(x)
+    head.assign(head.assignment[order])
+    assert torch.allclose(head(x), before[:, order], atol=1e-5)
+
+
+def test_prototypes_are_no_parameters_and_one_per_class(make_head):
+    head = make_head(learn_scale=True)
+    assert {name for name, _ in head.named_parameters()} == {'neck.weight', 'neck.bias', 'log_scale'}
+    assert {name for name, _ in make_head().named_buffers()} == {'prototypes', 'assignment', 'scale'}
+    assert head.prototypes.dtype == torch.float32 and head.assignment.dtype == torch.int64
+
+
+@pytest.mark.parametrize('classes, scale', [(2, 4.605), (10, 10.267), (100, 13.67), (1000, 16.10)])
+def test_default_scale_is_the_bound_of_cosface(classes, scale):
+    """At this scale an embedding on its corner of a simplex has the probability 0.9999."""
+    assert default_scale(classes) == pytest.approx(scale, abs=0.01)
+    logits = torch.full((classes,), -default_scale(classes) / (classes - 1), dtype=torch.double)
+    logits[0] = default_scale(classes)
+    assert logits.softmax(0)[0].item() == pytest.approx(0.9999, abs=1e-7)
+
+
+def test_scale_given_and_learned(make_head, generator):
+    x, labels = torch.randn(6, 12, generator=generator), torch.arange(6)
+    plain, scaled, learned = make_head(), make_head(scale=3.0), make_head(scale=3.0, learn_scale=True)
+    cosines = plain(x) / default_scale(7)
+    assert torch.allclose(scaled(x), 3 * cosines, atol=1e-5) and torch.allclose(learned(x), 3 * cosines, atol=1e-5)
+    optimizer = torch.optim.SGD(learned.parameters(), lr=0.5)
+    torch.nn.functional.cross_entropy(learned(x), labels).backward()
+    optimizer.step()
+    assert learned.current_scale().item() != pytest.approx(3.0, abs=1e-3)
+    assert scaled.state_dict()['scale'] == 3.0
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+def test_zero_embeddings_have_finite_logits_and_gradients(make_head, autocast):
+    head = make_head(neck='none', in_features=4)
+    x = torch.zeros(3, 4, requires_grad=True)
+    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+        logits = head(x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+    loss.backward()
+    assert torch.equal(logits, torch.zeros(3, 7)) and torch.isfinite(x.grad).all()
+    # Next to zero, too: the gradient of the direction grows as 1 / length, up to a limit.
+    for length in (1e-30, 1e-7, 1e-5):
+        x = torch.full((1, 4), length, requires_grad=True)
+        head(x).sum().backward()
+        assert torch.isfinite(x.grad).all() and x.grad.abs().max() < 1e8
+
+
+def test_nan_stays_nan(make_head):
+    head = make_head(neck='none', in_features=4)
+    assert head(torch.full((1, 4), float('nan'))).isnan().all()
+    assert head(torch.full((1, 4), float('inf'))).isnan().any()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_float32_where_it_matters(make_head, generator, dtype):
+    head, x = make_head().eval(), torch.randn(6, 12, generator=generator)
+    expected = head(x)
+    with torch.autocast('cpu', dtype):
+        logits = head(x)
+        assert head.embed(x).dtype == torch.float32 and logits.dtype == torch.float32
+    assert torch.allclose(logits, expected, atol=0.3) and not torch.equal(logits, expected)
+    # Given the same neck output, autocast changes nothing at all.
+    bare = make_head(neck='none', in_features=4)
+    with torch.autocast('cpu', dtype):
+        under = bare(x[:, :4])
+    assert torch.equal(under, bare(x[:, :4]))
+
+
+@pytest.mark.parametrize('convert', [lambda h: h.to(torch.bfloat16), lambda h: h.half(), lambda h: h.double()])
+def test_prototypes_stay_float32_when_the_model_does_not(make_head, convert):
+    head = make_head()
+    prototypes = head.prototypes.clone()
+    model = convert(torch.nn.Sequential(head))
+    assert model[0].neck.weight.dtype != torch.float32
+    assert head.prototypes.dtype == head.scale.dtype == torch.float32 and torch.equal(head.prototypes, prototypes)
+    assert head(torch.randn(3, 12).to(head.neck.weight.dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
+def test_two_training_steps_lower_the_loss(make_head, generator, autocast, neck, train_output):
+    from timm_dl2pa import SquaredCosineLoss
+    head = make_head(neck=neck, train_output=train_output)
+    prototypes = head.prototypes.clone()
+    criterion = SquaredCosineLoss(head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.05)
+    x, labels = torch.randn(32, 12, generator=generator), torch.randint(0, 7, (32,), generator=generator)
+    losses = []
+    for _ in range(3):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = criterion(head(x), labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    assert torch.equal(head.prototypes, prototypes)
+
+
+def test_train_output(make_head, generator):
+    head, x = make_head(train_output='embeddings'), torch.randn(5, 12, generator=generator)
+    assert head.train()(x).shape == (5, 4) and torch.allclose(head(x).norm(dim=1), torch.ones(5))
+    assert head.eval()(x).shape == (5, 7)
+
+
+# ---- state
+
+
+def test_state_dict_round_trip_to_the_bit(make_head, generator):
+    head = make_head(neck='linear_bn', num_prototypes=9, seed=3, scale=4.0)
+    head.assign(torch.randperm(9, generator=generator)[:7])
+    head(torch.randn(8, 12, generator=generator))
+    other = make_head(neck='linear_bn', num_prototypes=9)
+    other.load_state_dict(head.state_dict())
+    assert_same_state(other, state_of(head))
+    # The config tells the truth of what was loaded.
+    assert other.config.scale == 4.0 and other.config.own_prototypes
+    rebuilt = DL2PAHead.from_config(other.config, other.prototypes)
+    rebuilt.load_state_dict(other.state_dict())
+    x = torch.randn(3, 12, generator=generator)
+    assert torch.equal(rebuilt.eval()(x), head.eval()(x))
+
+
+def changed(state, **changes):
+    return {**state, **changes}
+
+
+@pytest.mark.parametrize('other, message', [
+    (dict(num_classes=8, num_prototypes=9), r'assignment has the shape \(8,\).*num_classes=7'),
+    (dict(num_prototypes=11), r'prototypes has the shape \(11, 4\).*num_prototypes=9'),
+    (dict(dim=5, num_prototypes=9), r'shape \(9, 5\).*dim=4'),
+    (dict(in_features=13, num_prototypes=9), r'neck.weight.*in_features=12'),
+])
+def test_loading_another_size_is_an_error_and_changes_nothing(make_head, other, message):
+    head = make_head(num_prototypes=9, seed=1)
+    before = state_of(head)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            head.load_state_dict(make_head(**other).state_dict(), strict=strict)
+        assert_same_state(head, before)
+
+
+@pytest.mark.parametrize('break_it, message', [
+    (lambda s: changed(s, prototypes=1.1 * s['prototypes']), 'unit rows'),
+    (lambda s: changed(s, prototypes=s['prototypes'] * float('nan')), 'finite'),
+    (lambda s: changed(s, assignment=s['assignment'].clone().fill_(2)), 'classes 0 and 1 share the prototype 2'),
+    (lambda s: changed(s, assignment=s['assignment'] + 7), 'outside 0..8'),
+    (lambda s: changed(s, assignment=s['assignment'] - 1), 'outside 0..8'),
+    (lambda s: changed(s, assignment=s['assignment'].float()), 'cannot be averaged'),
+    (lambda s: changed(s, scale=torch.tensor(0.0)), 'scale must be positive'),
+    (lambda s: changed(s, scale=torch.tensor(float('nan'))), 'scale must be positive'),
+    (lambda s: {name: value for name, value in s.items() if name != 'assignment'}, 'a part of the DL2PA head'),
+])
+def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, message):
+    head, donor = make_head(num_prototypes=9), make_head(num_prototypes=9, seed=5)
+    torch.nn.init.normal_(donor.neck.weight)
+    before, config = state_of(head), head.config
+    with pytest.raises(RuntimeError, match=message):
+        head.load_state_dict(break_it(donor.state_dict()))
+    assert_same_state(head, before)
+    assert head.config == config
+
+
+def test_average_of_checkpoints_is_refused_when_assignments_differ(make_head):
+    one, two = make_head(), make_head()
+    two.assign(torch.tensor([1, 0, 2, 3, 4, 5, 6]))
+    average = {name: ((value.double() + two.state_dict()[name].double()) / 2).to(value.dtype)
+               for name, value in one.state_dict().items()}
+    with pytest.raises(RuntimeError, match='no injection'):
+        make_head().load_state_dict(average)
+    same = {name: ((2 * value.double()) / 2).to(value.dtype) for name, value in one.state_dict().items()}
+    make_head().load_state_dict(same)
+
+
+def test_loading_with_assign_keeps_the_dtypes(make_head):
+    head, donor = make_head(), make_head(seed=2)
+    state = {name: value.bfloat16() if value.is_floating_point() else value.int()
+             for name, value in donor.state_dict().items()}
+    head.load_state_dict(state, assign=True)
+    assert head.prototypes.dtype == torch.float32 and head.assignment.dtype == torch.int64
+    assert head.prototypes.norm(dim=1).sub(1).abs().max() < 1e-6
+    assert torch.allclose(head.prototypes, donor.prototypes, atol=1e-2)
+
+
+def test_strict_loading_of_a_foreign_model_reports_as_torch_does(make_head):
+    with pytest.raises(RuntimeError, match='Missing key'):
+        make_head().load_state_dict({'weight': torch.zeros(1)})
+    before = state_of(head := make_head())
+    head.load_state_dict({'weight': torch.zeros(1)}, strict=False)
+    assert_same_state(head, before)
+
+
+@pytest.mark.parametrize('copied', [
+    copy.deepcopy,
+    lambda head: pickle.loads(pickle.dumps(head)),
+    lambda head: torch.load(io.BytesIO(saved(head)), weights_only=False),
+])
+def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copied):
+    head = make_head()
+    scheduler = AssignmentScheduler(head)
+    head.assign(torch.randperm(7, generator=generator))
+    twin, x = copied(head), torch.randn(3, 12, generator=generator)
+    assert_same_state(twin, state_of(head))
+    assert twin.observer is None and head.observer is not None
+    twin(x)
+    with pytest.raises(RuntimeError, match='no embeddings'):
+        scheduler.step(torch.zeros(3, dtype=torch.long))
+    twin.assign(torch.arange(7))
+    assert not torch.equal(twin.assignment, head.assignment)
+
+
+def saved(head):
+    buffer = io.BytesIO()
+    torch.save(head, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('bad', [torch.zeros(7, dtype=torch.long), torch.arange(6), torch.arange(1, 8),
+                                 torch.arange(7.0)])
+def test_assign_refuses_and_keeps(make_head, bad):
+    head = make_head()
+    with pytest.raises(ValueError, match='assignment'):
+        head.assign(bad)
+    assert head.assignment.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
+def test_compiles_whole_and_agrees_after_the_assignment_changed(make_head, generator, train_output):
+    torch._dynamo.reset()
+    head = make_head(train_output=train_output)
+    compiled = torch.compile(head, fullgraph=True, backend='aot_eager')
+    x, labels = torch.randn(6, 12, generator=generator), torch.arange(6)
+    scheduler = AssignmentScheduler(compiled, interval=1)
+    for _ in range(3):
+        assert torch.allclose(compiled(x), head(x), atol=1e-6)
+        compiled(x).sum().backward()
+        scheduler.step(labels)
+    assert head.assignment.tolist() != list(range(7))
+    for mode in (True, False):
+        compiled.train(mode)
+        head.train(mode)
+        assert torch.allclose(compiled(x), head(x), atol=1e-6)
+    head.assign(torch.arange(7).flip(0))
+    assert torch.allclose(compiled(x), head(x), atol=1e-6)
+
+
+# ---- config
+
+
+def test_config_rebuilds_the_head(make_head):
+    head = make_head(num_prototypes=9, neck='linear_bn', learn_scale=True, seed=4)
+    again = DL2PAHead.from_config(DL2PAConfig(**vars(head.config)))
+    assert again.config == head.config and torch.equal(again.prototypes, head.prototypes)
+    assert again.state_dict().keys() == head.state_dict().keys()
+    with pytest.raises(AttributeError):
+        head.config.dim = 5  # frozen
+
+
+def test_own_prototypes(make_head):
+    points = make_prototypes(9, 4, seed=7)
+    head = make_head(prototypes=points)
+    assert torch.equal(head.prototypes, points) and head.config.num_prototypes == 9
+    points[0] = 0
+    assert head.prototypes[0].norm() > 0.9  # a copy
+    with pytest.raises(ValueError, match='prototypes of its own'):
+        DL2PAHead.from_config(head.config)
+    assert DL2PAHead.from_config(head.config, head.prototypes).config == head.config
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(num_classes=1), 'num_classes must be at least 2, not 1'),
+    (dict(dim=0), 'dim must be at least 1, not 0'),
+    (dict(in_features=0), 'in_features must be at least 1'),
+    (dict(num_prototypes=6), 'num_prototypes must be at least num_classes=7, not 6'),
+    (dict(neck='mlp'), "neck must be one of linear, linear_bn, none, not 'mlp'"),
+    (dict(neck='none'), 'dim must be their number, 12, not 4'),
+    (dict(scale=0), 'scale must be positive'),
+    (dict(scale=math.inf), 'scale must be positive'),
+    (dict(train_output='both'), 'train_output must be one of'),
+    (dict(learn_scale=True, train_output='embeddings'), 'embeddings give the scale'),
+    (dict(prototypes=torch.eye(4)), '7 classes need as many prototypes'),
+    (dict(prototypes=torch.ones(7, 4)), 'unit rows'),
+    (dict(prototypes=make_prototypes(7, 5)), 'prototypes have 5 dimensions, but dim=4'),
+    (dict(prototypes=make_prototypes(8, 4), num_prototypes=9), 'prototypes has 8 rows, but num_prototypes=9'),
+])
+def test_bad_arguments(make_head, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_head(**arguments)
+
+
+def test_made_on_the_meta_device():
+    with torch.device('meta'):
+        head = DL2PAHead(12, 7, 4)
+    assert head.prototypes.is_meta and head.neck.weight.is_meta and 'num_classes=7' in repr(head)
+    donor = DL2PAHead(12, 7, 4)
+    head.load_state_dict(donor.state_dict(), assign=True)
+    assert_same_state(head, state_of(donor))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu(make_head, generator):
+    x = torch.randn(6, 12, generator=generator)
+    head, there = make_head(), make_head().cuda()
+    assert there.prototypes.is_cuda and there.assignment.is_cuda
+    assert torch.allclose(there(x.cuda()).cpu(), head(x), atol=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast('cuda', dtype):
+            assert there(x.cuda()).dtype == torch.float32

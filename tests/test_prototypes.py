@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timm_dl2pa import make_prototypes, uniformity
+from timm_dl2pa.prototypes import check_prototypes
+
+# (K, d): the energy of the prototypes that the authors published, measured from their files.
+PUBLISHED = {(100, 10): -3.45516, (100, 16): -3.71449, (100, 32): -3.92139, (200, 50): -3.92839}
+
+
+def cosines_off_diagonal(points: torch.Tensor) -> torch.Tensor:
+    points = points.double()
+    cosines = points @ points.T
+    return cosines[~torch.eye(len(points), dtype=torch.bool)]
+
+
+@given(dim=st.integers(1, 40), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_simplex_where_it_fits(dim, data):
+    num = data.draw(st.integers(2, dim + 1))
+    points = make_prototypes(num, dim, seed=data.draw(st.integers(0, 5)))
+    assert torch.allclose(cosines_off_diagonal(points), torch.tensor(-1 / (num - 1), dtype=torch.double), atol=1e-6)
+    assert points.norm(dim=1).sub(1).abs().max() < 1e-6
+
+
+def test_polygon_in_the_plane():
+    points = make_prototypes(7, 2, seed=3)
+    cosines = (points.double() @ points.double().T).sort(dim=1).values
+    assert torch.allclose(cosines[:, -2], torch.tensor(np.cos(2 * np.pi / 7)), atol=1e-6)
+
+
+@pytest.mark.parametrize('size', PUBLISHED)
+@pytest.mark.parametrize('seed', [0, 1])
+def test_energy_at_most_the_published(size, seed):
+    points = make_prototypes(*size, seed=seed)
+    assert points.dtype == torch.float32 and points.shape == size
+    assert reference.uniformity(points.numpy()) <= PUBLISHED[size]
+
+
+def test_is_a_minimum():
+    """A random small move of all points never lowers the energy by more than second order allows."""
+    points = make_prototypes(30, 6).double().numpy()
+    energy = uniformity(points)
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        moved = points + 1e-3 * generator.standard_normal(points.shape)
+        assert uniformity(moved / np.linalg.norm(moved, axis=1, keepdims=True)) > energy - 1e-7
+
+
+@given(num=st.integers(2, 12), dim=st.integers(2, 6), seed=st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_uniformity_is_the_papers(num, dim, seed):
+    points = np.random.default_rng(seed).standard_normal((num, dim))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    assert uniformity(points) == pytest.approx(reference.uniformity(points), rel=1e-9, abs=1e-12)
+
+
+def test_blocks_give_the_same_energy(monkeypatch):
+    points = make_prototypes(57, 5).numpy()
+    whole = uniformity(points)
+    monkeypatch.setattr('timm_dl2pa.prototypes.uniform._BLOCK_ENTRIES', 57 * 10)
+    assert uniformity(points) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize('size', [(5, 8), (9, 2), (40, 7)])
+def test_deterministic_by_seed_and_host_untouched(size):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, again, other = make_prototypes(*size, seed=4), make_prototypes(*size, seed=4), make_prototypes(*size, seed=5)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_ignores_default_dtype_and_device():
+    expected = make_prototypes(20, 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device('meta'):
+            assert torch.equal(make_prototypes(20, 5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_many_points_in_seconds():
+    """Far beyond what is optimised: unit, distinct, balanced, and no (K, K) matrix (which would be 80 GB)."""
+    points = make_prototypes(100_000, 16)
+    assert points.norm(dim=1).sub(1).abs().max() < 1e-6
+    assert points.mean(dim=0).abs().max() < 1e-3
+    assert len(torch.unique(points, dim=0)) == 100_000
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((0, 3), 'num_prototypes and dim'), ((3, 0), 'num_prototypes and dim'), ((3, 1), 'dim=1 has room for 2')])
+def test_bad_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_prototypes(*arguments)
+
+
+def test_check_prototypes_names_the_row():
+    points = make_prototypes(6, 4)
+    check_prototypes(points, 6)
+    check_prototypes(points.bfloat16(), 6)
+    long = points.clone()
+    long[4] *= 1.01
+    with pytest.raises(ValueError, match=r'row 4 has length 1\.01'):
+        check_prototypes(long)
+    broken = points.clone()
+    broken[2, 1] = float('nan')
+    with pytest.raises(ValueError, match='row 2'):
+        check_prototypes(broken)
+    with pytest.raises(ValueError, match='7 classes need'):
+        check_prototypes(points, 7)
+    with pytest.raises(ValueError, match=r'shape \(K, d\)'):
+        check_prototypes(points[0])

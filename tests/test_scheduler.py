@@ -1,0 +1,234 @@
+import io
+
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_dl2pa import AssignmentScheduler, ClassMeans, solve_assignment
+
+
+def feed(model, scheduler, seed, rows=32):
+    """One batch whose features point where class (label) says, so that a re-solve has something to find."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 7, (rows,), generator=generator)
+    corners = torch.randn(7, 12, generator=torch.Generator().manual_seed(99))
+    model(corners[labels] + 0.1 * torch.randn(rows, 12, generator=generator))
+    return scheduler.step(labels)
+
+
+def test_due_resolve_runs_at_the_next_batch_before_it_is_folded_in(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=3)
+    expected = ClassMeans(7, 4)
+    for step in range(3):
+        assert feed(head, scheduler, step) is None
+        expected.sums = scheduler.class_means.sums.clone()
+    # Due, but only marked: validation and saving see the assignment that training had.
+    assert head.assignment.tolist() == list(range(7))
+    update = feed(head, scheduler, 3)
+    result = solve_assignment(class_means=expected.directions(), prototypes=head.prototypes)
+    assert torch.equal(head.assignment, result.assignment) and result.moved > 0
+    assert (update.step, update.moved) == (3, result.moved)
+    assert update.objective == pytest.approx(result.objective) and update.objective > update.objective_before
+    assert update.seconds > 0
+    assert [feed(head, scheduler, step) is not None for step in range(4, 10)] == [False, False, True] * 2
+
+
+def test_epochs(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval='epoch', start=2, stop=3)
+    happened = []
+    for epoch in range(1, 6):
+        happened.append([feed(head, scheduler, 10 * epoch + step) is not None for step in range(3)])
+        scheduler.epoch_end()
+    assert happened == [[False] * 3, [False] * 3, [True, False, False], [True, False, False], [False] * 3]
+
+
+def test_start_and_stop_in_batches(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=2, start=4, stop=6)
+    assert [update.step for step in range(12) if (update := feed(head, scheduler, step))] == [4, 6]
+    static = AssignmentScheduler(head, interval=1, stop=0)
+    assert all(feed(head, static, step) is None for step in range(4))
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.5])
+def test_momentum(make_head, momentum):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=1, momentum=momentum)
+    feed(head, scheduler, 0)
+    first = scheduler.class_means.sums.clone()
+    feed(head, scheduler, 1)
+    alone = AssignmentScheduler(head, interval=1)
+    feed(head, alone, 1)
+    assert torch.allclose(scheduler.class_means.sums, momentum * first + alone.class_means.sums, atol=1e-5)
+
+
+def test_optimal_assignment_stays(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=1)
+    feed(head, scheduler, 0)
+    feed(head, scheduler, 0)
+    assert feed(head, scheduler, 0).moved == 0
+
+
+def test_unseen_classes_keep_their_prototypes(make_head):
+    head = make_head(num_prototypes=40, neck='none', in_features=4)
+    head.assign(torch.arange(20, 27))
+    scheduler = AssignmentScheduler(head, interval=1)
+    for _ in range(2):
+        head(head.prototypes[:2])  # two classes, at prototypes that nobody holds
+        scheduler.step(torch.tensor([5, 6]))
+    assert head.assignment.tolist() == [20, 21, 22, 23, 24, 0, 1]
+
+
+def test_soft_targets(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=1)
+    head(torch.randn(4, 12))
+    scheduler.step(torch.softmax(torch.randn(4, 7), 1))
+    head(torch.randn(4, 12))
+    assert scheduler.step(torch.full((4, 7), 1 / 7)) is not None
+
+
+def test_only_training_forwards_count(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head)
+    head.eval()(torch.randn(5, 12))
+    with pytest.raises(RuntimeError, match='no embeddings'):
+        scheduler.step(torch.zeros(5, dtype=torch.long))
+    head.train()(torch.randn(5, 12))
+    head.eval()(torch.randn(3, 12))
+    with pytest.raises(ValueError, match=r'3 targets, but .* had 5 embeddings'):
+        scheduler.step(torch.zeros(3, dtype=torch.long))
+    scheduler.step(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(RuntimeError, match='no embeddings'):
+        scheduler.step(torch.zeros(5, dtype=torch.long))
+    assert scheduler.steps == 1
+
+
+def test_keeps_no_graph_alive(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head)
+    head(torch.randn(3, 12))
+    assert not scheduler._embeddings.requires_grad
+    scheduler.step(torch.zeros(3, dtype=torch.long))
+    assert scheduler._embeddings is None and not scheduler.class_means.sums.requires_grad
+
+
+@pytest.mark.parametrize('labels, poison, message', [
+    ([0, 9, 1], None, r'class 9, outside 0\.\.6'), ([0, -1, 1], None, r'class -1'),
+    ([0, 3, 1], float('nan'), 'class 3 were not finite')])
+def test_bad_batches_raise_before_the_assignment_changes(make_head, labels, poison, message):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=2)
+    feed(head, scheduler, 0)
+    x = torch.randn(3, 12)
+    if poison is not None:
+        x[1] = poison
+    head(x)
+    scheduler.step(torch.tensor(labels))
+    with pytest.raises(ValueError, match=message):
+        feed(head, scheduler, 1)
+    assert head.assignment.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize('stopped_after', [3, 4, 6])
+def test_resumes_to_the_bit(make_head, stopped_after):
+    """An unbroken run equals one that was saved, loaded in new objects and continued, due re-solves included."""
+
+    def train(head, scheduler, steps):
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        updates = []
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            x, labels = torch.randn(16, 12, generator=generator), torch.randint(0, 7, (16,), generator=generator)
+            nn.functional.cross_entropy(head(x), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            update = scheduler.step(labels)
+            updates.append(update and (update.step, update.moved, update.objective_before, update.objective))
+        return updates
+
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=3)
+    unbroken = train(head, scheduler, range(10))
+
+    first = make_head()
+    before = AssignmentScheduler(first, interval=3)
+    updates = train(first, before, range(stopped_after))
+    buffer = io.BytesIO()
+    torch.save({'model': first.state_dict(), 'scheduler': before.state_dict()}, buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    second = make_head()
+    second.load_state_dict(state['model'])
+    after = AssignmentScheduler(second, interval=3)
+    after.load_state_dict(state['scheduler'])
+    assert updates + train(second, after, range(stopped_after, 10)) == unbroken
+    assert any(update and update[1] for update in unbroken)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in head.state_dict().items())
+    assert torch.equal(after.class_means.sums, scheduler.class_means.sums)
+
+
+def test_state_of_another_head_is_refused(make_head):
+    scheduler = AssignmentScheduler(make_head())
+    feed(scheduler.heads[0], scheduler, 0)
+    other = AssignmentScheduler(make_head(dim=5))
+    with pytest.raises(ValueError, match='of another head'):
+        other.load_state_dict(scheduler.state_dict())
+    assert other.steps == 0
+
+
+def test_several_heads_share_the_assignment(make_head):
+    model = nn.ModuleList([make_head(), make_head()])
+    scheduler = AssignmentScheduler(model, interval=1)
+    feed(model[0], scheduler, 0)
+    feed(model[0], scheduler, 1)
+    assert model[0].assignment.tolist() != list(range(7))
+    assert torch.equal(model[0].assignment, model[1].assignment)
+    assert model[0].assignment.data_ptr() != model[1].assignment.data_ptr()
+
+
+def test_the_newest_scheduler_takes_over(make_head):
+    head = make_head()
+    old, new = AssignmentScheduler(head), AssignmentScheduler(head)
+    head(torch.randn(3, 12))
+    new.step(torch.zeros(3, dtype=torch.long))
+    with pytest.raises(RuntimeError, match='no embeddings'):
+        old.step(torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(interval=0), "interval must be 'epoch' or"), (dict(interval='step'), "interval must be 'epoch' or"),
+    (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
+    (dict(stop=-1), 'stop must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
+def test_bad_arguments(make_head, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AssignmentScheduler(make_head(), **arguments)
+
+
+def test_model_without_head():
+    with pytest.raises(ValueError, match=r'Linear.*has no DL2PAHead'):
+        AssignmentScheduler(nn.Linear(2, 2))
+
+
+def test_warns_where_a_resolve_cannot_work(make_head):
+    head = make_head(num_classes=50_000, dim=2, prototypes=nn.functional.normalize(torch.randn(50_000, 2)))
+    with pytest.warns(UserWarning, match='stop=0'):
+        AssignmentScheduler(head)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_no_synchronisation_on_a_gpu(make_head):
+    head = make_head().cuda()
+    scheduler = AssignmentScheduler(head, interval=100)
+    x, labels = torch.randn(16, 12, device='cuda'), torch.randint(0, 7, (16,), device='cuda')
+    soft = torch.rand(16, 7, device='cuda')
+    for targets in (labels, soft):
+        head(x)
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            scheduler.step(targets)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
