@@ -105,8 +105,9 @@ def wrap_dl2pa(
     Example:
         >>> model = wrap_dl2pa(timm.create_model('resnet50', pretrained=True, num_classes=100), dim=128)
     """
+    _classifiers(model)
     if num_classes is None:
-        num_classes = getattr(model, 'num_classes', 0)
+        num_classes = model.num_classes
         if num_classes < 1:
             raise ValueError(f'num_classes must be given: {type(model).__name__} was made without classes.')
     first: DL2PAHead | None = None

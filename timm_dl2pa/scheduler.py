@@ -185,8 +185,8 @@ class AssignmentScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
 
-        The assignment itself is in the model's state dict. In a distributed run, each process has its own sums until a
-        re-solve merges them on rank 0: save the state right after one, or from every rank.
+        The assignment itself is in the model's state dict. In a distributed run each process has sums of its own: call
+        `class_means.merge()` on every process first, save rank 0's state, and load that on all.
         """
         return {'steps': self.steps, 'epochs': self.epochs, 'due': self._due, **self.class_means.state_dict()}
 

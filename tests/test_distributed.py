@@ -1,0 +1,93 @@
+"""Two processes on the CPU: merged class means, one assignment, errors on all ranks."""
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss
+
+STEPS, ROWS = 7, 12
+
+
+def new_head(train_output):
+    torch.manual_seed(0)
+    return DL2PAHead(6, 5, 3, train_output=train_output)
+
+
+def batch(step, rows=ROWS):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(rows, 6, generator=generator), torch.randint(0, 4, (rows,), generator=generator)
+
+
+def part_of(rank, step, x, labels):
+    """Unequal parts, none at all for rank 1 at step 2; class 4 is seen by rank 1 alone."""
+    cut = len(x) if step == 2 else 8
+    if rank == 0:
+        return x[:cut], labels[:cut]
+    labels = labels.clone()
+    labels[cut:cut + 1] = 4
+    return x[cut:], labels[cut:]
+
+
+def in_process(rank, port, folder, train_output):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    head = new_head(train_output)
+    model = DistributedDataParallel(head)
+    scheduler = AssignmentScheduler(model, interval=2, momentum=0.5)
+    criterion = SquaredCosineLoss(head)
+    history = []
+    for step in range(STEPS):
+        x, labels = part_of(rank, step, *batch(step))
+        criterion(model(x), labels).nan_to_num().backward()
+        model.zero_grad()
+        update = scheduler.step(labels)
+        if update:
+            history.append((update.step, update.moved, update.objective, head.assignment.tolist()))
+        if step == 3:  # rank 0 saves, all resume from its checkpoint
+            scheduler.class_means.merge()
+            state = [scheduler.state_dict()]
+            dist.broadcast_object_list(state, src=0)
+            scheduler = AssignmentScheduler(model, interval=2, momentum=0.5)
+            scheduler.load_state_dict(state[0])
+    before = head.assignment.tolist()
+    error = None
+    try:
+        for _ in range(3):
+            model(batch(0)[0])
+            scheduler.step(torch.full((ROWS,), 17 if rank == 1 else 0))
+    except ValueError as caught:
+        error = str(caught)
+    torch.save((history, error, head.assignment.tolist() == before), f'{folder}/{rank}.pt')
+    dist.barrier()
+    # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
+    os._exit(0)
+
+
+@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
+def test_two_processes_agree_with_one(tmp_path, train_output):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_process, (port, str(tmp_path), train_output), nprocs=2)
+    answers = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+
+    head = new_head(train_output)
+    scheduler = AssignmentScheduler(head, interval=2, momentum=0.5)
+    expected = []
+    for step in range(STEPS):
+        parts = [part_of(rank, step, *batch(step)) for rank in range(2)]
+        head(torch.cat([x for x, _ in parts]))
+        update = scheduler.step(torch.cat([labels for _, labels in parts]))
+        if update:
+            expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
+    assert len(expected) == 3 and expected[0][1] > 0
+    for history, error, kept in answers:
+        assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
+        assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
+        assert 'class 17' in error and kept

@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, make_prototypes, wrap_dl2pa
+
+pytestmark = pytest.mark.timm
+
+PROVED = ['resnet50', 'convnext_tiny', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'mobilenetv3_small_100',
+          'efficientnet_b0', 'mixer_s32_224', 'deit_tiny_distilled_patch16_224']
+SMALL = 'test_resnet'
+CLASSES = 20
+
+
+def heads_of(model):
+    found = model.get_classifier()
+    return [found] if isinstance(found, nn.Module) else list(found)
+
+
+@pytest.fixture(scope='module', params=PROVED)
+def wrapped(request):
+    """A wrapped model, and its backbone's state from before wrapping. Tests leave the weights as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(request.param, num_classes=CLASSES)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = model.default_cfg, model.pretrained_cfg, model.num_features
+    assert wrap_dl2pa(model, dim=8) is model
+    assert (model.default_cfg, model.pretrained_cfg, model.num_features) == attributes
+    return model, before
+
+
+def test_wrapping_changes_the_classifier_alone(wrapped):
+    model, before = wrapped
+    heads = heads_of(model)
+    assert all(isinstance(head, DL2PAHead) and head.dim == 8 for head in heads)
+    names = [name for name, module in model.named_modules() if isinstance(module, DL2PAHead)]
+    assert len(names) == len(heads)
+    after = model.state_dict()
+    for name, tensor in before.items():
+        if not any(name.startswith(head + '.') for head in names):
+            assert torch.equal(after.pop(name), tensor)
+    assert all(any(name.startswith(head + '.') for head in names) for name in after)
+    assert model.num_classes == CLASSES
+
+
+def test_timms_interface_goes_on_working(wrapped):
+    model, _ = wrapped
+    model = copy.deepcopy(model).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        logits = model(x)
+        features = model.forward_features(x)
+        assert logits.shape == (1, CLASSES)
+        assert torch.allclose(model.forward_head(features), logits, atol=1e-4)
+        pre_logits = model.forward_head(features, pre_logits=True)
+        head = heads_of(model)[0]
+        assert pre_logits.shape == (1, head.in_features)
+        if len(heads_of(model)) == 1:
+            assert torch.allclose(head(pre_logits), logits, atol=1e-4)
+        last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+        assert torch.allclose(last, logits, atol=1e-3)
+    unprotected = getattr(model, 'no_weight_decay', lambda: set())()
+    assert not any('prototypes' in name for name in unprotected)
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=unprotected)
+    scales = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+    assert all(scales[id(p)] == 1.0 for head in heads_of(model) for p in head.parameters())  # the last layer's
+    assert min(scales.values()) < 1.0 and len(scales) == len(list(model.parameters()))
+
+
+def test_trains_a_step(wrapped):
+    model, _ = wrapped
+    model = copy.deepcopy(model).train()
+    model.set_grad_checkpointing(True)
+    scheduler = AssignmentScheduler(model, interval=1)
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        labels = torch.randint(0, CLASSES, (2,))
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(torch.randn(2, 3, 224, 224))
+            loss = F.cross_entropy(logits, labels)
+        assert logits.dtype == torch.float32
+        loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not missing and all(torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        update = scheduler.step(labels)
+    assert update is not None and torch.isfinite(loss)
+    neck = heads_of(model)[0].neck.weight
+    changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before)]
+    assert sum(changed) > 0.9 * len(changed) and neck.requires_grad
+    assert len({tuple(head.assignment.tolist()) for head in heads_of(model)}) == 1
+
+
+def small(**kwargs):
+    return timm.create_model(SMALL, num_classes=CLASSES, **kwargs)
+
+
+def test_device_dtype_and_mode_are_the_models():
+    model = wrap_dl2pa(small().to(torch.bfloat16).eval(), 8)
+    head = model.get_classifier()
+    assert head.neck.weight.dtype == torch.bfloat16 and head.prototypes.dtype == torch.float32 and not head.training
+    assert model(torch.randn(2, 3, 64, 64).bfloat16()).dtype == torch.float32
+    with torch.device('meta'):
+        model = small()
+    head = wrap_dl2pa(model, 8).get_classifier()
+    assert head.neck.weight.is_meta and head.prototypes.is_meta
+
+
+def test_arguments_reach_the_head():
+    points = make_prototypes(25, 6)
+    model = wrap_dl2pa(small(), 6, num_classes=22, prototypes=points, neck='linear_bn', scale=7.0,
+                       train_output='embeddings', seed=3)
+    config = model.get_classifier().config
+    assert (config.num_classes, config.num_prototypes, config.neck, config.scale) == (22, 25, 'linear_bn', 7.0)
+    assert model.num_classes == 22 and torch.equal(model.get_classifier().prototypes, points)
+    x = torch.randn(2, 3, 64, 64)
+    assert model.train()(x).shape == (2, 6) and model.eval()(x).shape == (2, 22)
+    assert wrap_dl2pa(small(), 4, num_prototypes=30, learn_scale=True).get_classifier().prototypes.shape == (30, 4)
+    assert wrap_dl2pa(small()).get_classifier().dim == 128
+    features = small().num_features
+    assert isinstance(wrap_dl2pa(small(), features, neck='none').get_classifier().neck, nn.Identity)
+
+
+def test_models_without_classes_and_wrapped_ones_can_be_wrapped():
+    model = timm.create_model(SMALL, num_classes=0)
+    with pytest.raises(ValueError, match='num_classes must be given'):
+        wrap_dl2pa(model, 8)
+    wrap_dl2pa(model, 8, num_classes=5)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5) and model.num_classes == 5
+    wrap_dl2pa(model, 3)
+    assert model.get_classifier().dim == 3 and model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_several_classifiers_get_heads_with_their_own_tensors():
+    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=CLASSES)
+    wrap_dl2pa(model, 8, prototypes=make_prototypes(CLASSES, 8, seed=9))
+    main, distilled = model.get_classifier()
+    assert torch.equal(main.prototypes, distilled.prototypes)
+    for name, tensor in main.state_dict().items():
+        assert tensor.data_ptr() != distilled.state_dict()[name].data_ptr()
+    model.set_distilled_training(True)
+    one, two = model.train()(torch.randn(2, 3, 224, 224))
+    assert one.shape == two.shape == (2, CLASSES)
+    # The average of logits is the logits of the average embedding, so that our losses fit it too.
+    model.set_distilled_training(False)
+    SquaredCosineLoss(main)(model(torch.randn(2, 3, 224, 224)), torch.tensor([0, 1])).backward()
+    assert main.neck.weight.grad is not None and distilled.neck.weight.grad is not None
+
+
+@pytest.mark.parametrize('make, arguments, message', [
+    (lambda: nn.Linear(3, 3), {}, r'Linear\) has no get_classifier'),
+    (small, dict(dim=0), 'dim must be at least 1'),
+    (small, dict(num_classes=1), 'num_classes must be at least 2'),
+    (small, dict(neck='none', dim=8), "neck='none'"),
+    (small, dict(scale=-1.0), 'scale must be positive'),
+    (lambda: replaced_by(nn.Bilinear(2, 2, 2)), {}, 'is a Bilinear, which wrap_dl2pa cannot replace'),
+])
+def test_errors_leave_the_model_as_it_was(make, arguments, message):
+    model = make()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        wrap_dl2pa(model, **arguments)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def replaced_by(classifier):
+    model = small()
+    model.fc = classifier
+    return model
+
+
+def test_model_ema_carries_the_assignment_in_force():
+    from timm.utils import ModelEmaV3
+    model = wrap_dl2pa(small(), 8)
+    ema = ModelEmaV3(model, decay=0.9)
+    scheduler = AssignmentScheduler(model, interval=1)
+    for _ in range(3):
+        labels = torch.randint(0, CLASSES, (16,))
+        model.train()(torch.randn(16, 3, 64, 64))
+        scheduler.step(labels)
+        ema.update(model)
+    assert model.fc.assignment.tolist() != list(range(CLASSES))
+    assert torch.equal(ema.module.fc.assignment, model.fc.assignment)
+    assert torch.equal(ema.module.fc.prototypes, model.fc.prototypes)
+    assert ema.module.fc.observer is None
+
+
+def test_compiled_whole_model_with_scheduler():
+    torch._dynamo.reset()
+    model = wrap_dl2pa(small(), 8).train()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    scheduler = AssignmentScheduler(compiled, interval=1)
+    x, labels = torch.randn(16, 3, 64, 64), torch.randint(0, CLASSES, (16,))
+    for _ in range(2):
+        F.cross_entropy(compiled(x), labels).backward()
+        scheduler.step(labels)
+    model.eval()
+    assert torch.allclose(compiled(x), model(x), atol=1e-4)

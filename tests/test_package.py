@@ -1,0 +1,80 @@
+"""What the repository promises beyond the code: imports, commands, the README."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import timm_dl2pa
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_brings_nothing_unasked_and_disturbs_nothing():
+    out = python("""
+import sys, torch, numpy
+torch.manual_seed(5); numpy.random.seed(5)
+before = torch.get_rng_state(), numpy.random.get_state()[1].copy()
+threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+import timm_dl2pa
+assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == numpy.random.get_state()[1]).all()
+assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
+print([name for name in ('matplotlib', 'sklearn', 'tqdm.auto', 'timm_dl2pa.demo', 'hypothesis') if name in sys.modules])
+""")
+    assert out in ('[]', "['tqdm.auto']")  # timm's huggingface_hub may bring tqdm
+
+
+def test_needs_no_network():
+    python("""
+import socket
+def refuse(*args, **kwargs): raise AssertionError('network')
+socket.socket.connect = socket.getaddrinfo = refuse
+import timm, timm_dl2pa
+timm_dl2pa.wrap_dl2pa(timm.create_model('test_resnet', num_classes=4), 3)
+""")
+
+
+def test_public_names():
+    assert all(hasattr(timm_dl2pa, name) for name in timm_dl2pa.__all__)
+    assert (Path(timm_dl2pa.__file__).parent / 'py.typed').exists()
+
+
+@pytest.mark.parametrize('command', [['timm-dl2pa'], [sys.executable, '-m', 'timm_dl2pa']])
+def test_command(command):
+    if command[0] == 'timm-dl2pa':
+        command = [str(Path(sys.executable).parent / 'timm-dl2pa')]
+    out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
+    assert 'demo' in subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
+
+
+def test_ci_runs_the_readmes_commands():
+    readme, ci = (ROOT / 'README.md').read_text(), (ROOT / '.ci' / 'run').read_text()
+    assert 'pip install -e ".[demo]" && timm-dl2pa demo' in readme
+    assert 'pip install -e ".[test]" && pytest' in readme and 'pip install -e ".[test]" && pytest' in ci
+
+
+def test_readme_tables_are_those_of_the_results():
+    script = ROOT / 'benchmarks' / 'readme_tables.py'
+    subprocess.run([sys.executable, str(script), '--check'], check=True, cwd=ROOT)
+
+
+@pytest.mark.timm
+def test_readmes_python_runs(monkeypatch):
+    """Each Python block, in order, in one namespace; pretrained weights and data are made at random."""
+    import timm
+    import torch
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kw: create_model('test_resnet', **kw))
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 100, (8,))
+    names = {'loader': [(images, labels)] * 3, 'images': images, 'labels': labels}
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, 'README.md', 'exec'), names)
+    assert names['scheduler'].steps == 3

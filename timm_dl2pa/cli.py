@@ -1,0 +1,42 @@
+"""The command `timm-dl2pa`."""
+import argparse
+from collections.abc import Sequence
+
+from . import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 with a line on stderr where an argument is no good."""
+    parser = argparse.ArgumentParser(
+        prog='timm-dl2pa', description='Classifier heads on fixed prototypes for timm models (DL2PA, CVPR 2024).')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    demo = commands.add_parser(
+        'demo',
+        help='train three heads on real images side by side, in under a minute',
+        description='Trains the same timm backbone with its linear classifier, with fixed prototypes under a static '
+                    'assignment, and with DL2PA; prints a table, and writes the trained model, the table as JSON and a '
+                    'picture. Without --data-dir the images are scikit-learn\'s handwritten digits.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument('--data-dir', metavar='DIR',
+                      help='an ImageFolder: DIR/<class>/*, of which a fifth is held out, or DIR/train/<class>/* and '
+                           'DIR/val/<class>/* (also validation, test)')
+    demo.add_argument('--model', default='test_resnet', metavar='NAME', help='any timm model')
+    demo.add_argument('--dim', type=int, default=3, metavar='D', help='dimension of the embeddings')
+    demo.add_argument('--epochs', type=int, default=8, metavar='N')
+    demo.add_argument('--seed', type=int, default=0, metavar='N',
+                      help='of the weights, the order of the images and the prototypes')
+    demo.add_argument('--device', default=None, metavar='DEVICE', help='cpu, cuda, cuda:1, ...; default: a GPU if any')
+    demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='where model, table and picture go')
+    options = vars(parser.parse_args(arguments))
+    del options['command']
+    try:
+        from .demo import run_demo
+    except ModuleNotFoundError as error:
+        demo.exit(2, f'timm-dl2pa demo needs {error.name}: pip install "timm-dl2pa[demo]"\n')
+    try:
+        run_demo(**options)
+    except (ValueError, OSError) as error:
+        demo.exit(2, f'timm-dl2pa demo: {error}\n')
+    return 0
