@@ -42,7 +42,7 @@ def small_resnet(num_classes: int) -> nn.Module:
     return model
 
 
-def train(args, data, loss: str, optimizer: str, rate: float, seed: int, weight=10.0, scale=None) -> float:
+def train(args, data, loss: str, optimizer: str, rate: float, seed: int, weight=30.0, scale=None) -> float:
     """Return the top-1, in percent, on the held-out images."""
     x_train, y_train, x_held, y_held, num_classes = data
     torch.manual_seed(seed)

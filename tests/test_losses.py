@@ -29,7 +29,7 @@ def test_squared_cosine_is_the_papers(seed, train_output, training):
     expected = reference.squared_cosine_loss(embeddings, labels.numpy(), prototypes, assignment)
     paper = SquaredCosineLoss(head, reduction='sum', weight=1.0)
     assert paper(output, labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert SquaredCosineLoss(head)(output, labels).item() == pytest.approx(10 * expected / B, rel=1e-4, abs=1e-5)
+    assert SquaredCosineLoss(head)(output, labels).item() == pytest.approx(30 * expected / B, rel=1e-4, abs=1e-5)
     each = SquaredCosineLoss(head, reduction='none', weight=1.0)(output, labels)
     assert each.shape == (B,) and each.sum().item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     soft = torch.rand(B, C, generator=torch.Generator().manual_seed(seed))
@@ -124,7 +124,7 @@ def test_the_head_is_not_a_part_of_the_loss():
     both = copy.deepcopy((head, criterion))
     both[0].assign(both[0].assignment.flip(0))
     assert torch.allclose(both[1](both[0](x), labels), SquaredCosineLoss(both[0])(both[0](x), labels))
-    assert 'weight=10' in repr(criterion)
+    assert 'weight=30' in repr(criterion)
 
 
 def test_errors():
