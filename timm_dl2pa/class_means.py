@@ -55,8 +55,8 @@ class ClassMeans:
             if len(targets) == 0:
                 return
             targets = targets.long()
-            self.label_range = torch.stack([
-                torch.minimum(self.label_range[0], targets.min()), torch.maximum(self.label_range[1], targets.max())])
+            lowest, highest = torch.aminmax(torch.cat([targets, self.label_range]))
+            self.label_range = torch.stack([lowest, highest])
             # On a GPU an index out of range would end the process before `check` can name it.
             self.sums.index_add_(0, targets.clamp(0, self.num_classes - 1), embeddings)
         elif targets.ndim == 2 and targets.shape[1] == self.num_classes:

@@ -224,8 +224,8 @@ class DL2PAHead(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-            # Comparing with < keeps NaN lengths NaN, so that a diverged embedding does not pass for a zero one.
-            return z * torch.where(length < _SHORTEST, 0.0, 1.0 / length.clamp_min(_SHORTEST))
+            # z / inf is zero, and so is its gradient. A NaN length stays NaN: a diverged embedding is no zero one.
+            return z / length.masked_fill(length < _SHORTEST, math.inf)
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
