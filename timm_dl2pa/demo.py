@@ -26,9 +26,11 @@ from .scheduler import AssignmentScheduler
 
 BATCH_SIZE = 64
 DIGITS_SIZE = 32
-# A label can still move while the embeddings are young: re-solve densely, but only through the first epochs.
+# A label can still move while the embeddings are young: re-solve densely, but only through the first epochs. So few
+# batches between two re-solves make noisy means: most of the sums is kept.
 RESOLVES_AN_EPOCH = 8
 RESOLVED_EPOCHS = 3
+MOMENTUM = 0.9
 HEADS = {
     'linear': 'linear classifier',
     'static': 'fixed prototypes, static',
@@ -175,7 +177,11 @@ def _train(network: nn.Module, run: Run, title: str, images: Dataset, epochs: in
     scheduler = None
     if run.head == 'dl2pa':
         scheduler = AssignmentScheduler(
-            network, interval=max(1, len(loader) // RESOLVES_AN_EPOCH), stop=RESOLVED_EPOCHS * len(loader))
+            network,
+            interval=max(1, len(loader) // RESOLVES_AN_EPOCH),
+            stop=RESOLVED_EPOCHS * len(loader),
+            momentum=MOMENTUM,
+        )
     classifiers = network.get_classifier()
     classifiers = [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)
     run.head_parameters = sum(p.numel() for module in classifiers for p in module.parameters())
