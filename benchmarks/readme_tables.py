@@ -23,7 +23,7 @@ def head_step(record: dict[str, Any]) -> str:
               'ours, `SquaredCosineLoss`', 'the neck alone', 'faster than `nn.Linear`', "faster than the authors'"]
     rows = [[f'{r["num_classes"]:,}, {r["dim"]}', *(f'{r[f"{name}_ms"]:.1f} ms' for name in
              ('linear', 'authors', 'logits', 'embeddings', 'neck')),
-             f'{r["faster_than_linear"]:.3g}x', f'{r["faster_than_authors"]:.3g}x'] for r in record['results']]
+             f'{r["faster_than_linear"]:,.1f}x', f'{r["faster_than_authors"]:.1f}x'] for r in record['results']]
     return table(header, rows)
 
 
