@@ -28,7 +28,7 @@ def test_equals_scipys_optimum_from_any_start(scores, seed):
     check_assignment(result.assignment, *scores.shape)
     rows, columns = linear_sum_assignment(scores, maximize=True)
     optimum = scores[rows, columns].sum()
-    tolerance = 2e-9 * np.abs(scores[rows, columns]).sum()
+    tolerance = 2e-12 * np.abs(scores[rows, columns]).sum()
     assert abs(result.objective - optimum) <= tolerance + 1e-12 * np.abs(scores).max()
     assert result.objective == pytest.approx(scores[rows, result.assignment.numpy()].sum(), rel=1e-12, abs=1e-300)
     assert result.objective_before == pytest.approx(scores[rows, start].sum(), rel=1e-12, abs=1e-300)
@@ -41,6 +41,10 @@ def test_equals_scipys_optimum_from_any_start(scores, seed):
 def test_equals_trying_all(scores):
     best = reference.best_objective(scores)
     assert solve_assignment(scores).objective == pytest.approx(best, rel=1e-8, abs=1e-12)
+
+
+def test_small_gains_on_large_scores_count():
+    assert solve_assignment([[1e6, 1e6 + 5e-4], [1e6 + 5e-4, 1e6]]).assignment.tolist() == [1, 0]
 
 
 def test_means_and_prototypes_are_scores():

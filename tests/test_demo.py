@@ -65,10 +65,13 @@ def test_own_images(tmp_path, split):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--model', 'resnet_of_nobody'], 'not a timm model'), (['--epochs', '0'], '--epochs must be at least 1'),
-    (['--dim', '0'], 'dim must be at least 1'), (['--device', 'teapot'], "--device 'teapot' cannot be used"),
+    (['--model', 'resnet_of_nobody'], 'cannot be made'), (['--epochs', '0'], '--epochs must be at least 1'),
+    (['--dim', '0'], 'dim must be at least 1'),
+    (['--dim', '1'], 'dim=1 has room for 2'),
+    (['--device', 'teapot'], "--device 'teapot' cannot be used"),
     (['--data-dir', 'nowhere'], 'nowhere')])
-def test_bad_options_end_in_a_line(arguments, message, tmp_path, capsys):
+def test_bad_options_end_in_a_line_before_training(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('timm_dl2pa.demo._train', None)
     with pytest.raises(SystemExit) as ended:
         cli.main(['demo', *arguments, '--output', str(tmp_path)])
     assert ended.value.code == 2 and message in capsys.readouterr().err

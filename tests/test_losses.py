@@ -140,6 +140,16 @@ def test_errors():
         criterion(head.embed(x), labels)
     with pytest.raises(ValueError, match='not tuple'):
         criterion((head(x), head(x)), labels)
+    with pytest.raises(ValueError, match='must be class indices, not'):
+        criterion(head(x), labels.float())
+    for train_output in ('logits', 'embeddings'):
+        head, x, labels, _ = setting(0, train_output)
+        for loss in (SquaredCosineLoss, DotRegressionLoss):
+            assert torch.equal(loss(head)(head(x), labels.to(torch.uint8)), loss(head)(head(x), labels))
+            for bad in (-1, C):
+                with pytest.raises((IndexError, RuntimeError), match='out of'):
+                    loss(head)(head(x), labels.clone().fill_(bad))
+    head, x, labels, _ = setting(0)
     with pytest.raises(ValueError, match=rf'class indices \({B},\)'):
         criterion(head(x), labels[:-1])
 

@@ -67,8 +67,8 @@ def test_momentum(make_head, momentum):
 def test_optimal_assignment_stays(make_head):
     head = make_head()
     scheduler = AssignmentScheduler(head, interval=1)
-    feed(head, scheduler, 0)
-    feed(head, scheduler, 0)
+    assert feed(head, scheduler, 0) is None
+    assert feed(head, scheduler, 0).moved > 0
     assert feed(head, scheduler, 0).moved == 0
 
 
@@ -99,7 +99,7 @@ def test_only_training_forwards_count(make_head):
         scheduler.step(torch.zeros(5, dtype=torch.long))
     head.train()(torch.randn(5, 12))
     head.eval()(torch.randn(3, 12))
-    with pytest.raises(ValueError, match=r'3 targets, but .* had 5 embeddings'):
+    with pytest.raises(ValueError, match='for 3 samples, but there are 5 embeddings'):
         scheduler.step(torch.zeros(3, dtype=torch.long))
     scheduler.step(torch.zeros(5, dtype=torch.long))
     with pytest.raises(RuntimeError, match='no embeddings'):
@@ -128,9 +128,24 @@ def test_bad_batches_raise_before_the_assignment_changes(make_head, labels, pois
         x[1] = poison
     head(x)
     scheduler.step(torch.tensor(labels))
-    with pytest.raises(ValueError, match=message):
-        feed(head, scheduler, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            feed(head, scheduler, 1)
     assert head.assignment.tolist() == list(range(7))
+    scheduler.class_means.reset()
+    assert feed(head, scheduler, 1) is not None
+
+
+@pytest.mark.parametrize('targets', [torch.zeros(3), torch.zeros(3, 8), torch.tensor(1), torch.zeros(2, dtype=int)])
+def test_targets_that_do_not_fit_are_refused_before_a_due_resolve(make_head, targets):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=1)
+    feed(head, scheduler, 0)
+    head(torch.randn(3, 12))
+    with pytest.raises(ValueError, match='targets'):
+        scheduler.step(targets)
+    assert head.assignment.tolist() == list(range(7))
+    assert scheduler.step(torch.zeros(3, dtype=torch.long)) is not None
 
 
 @pytest.mark.parametrize('stopped_after', [3, 4, 6])
@@ -197,6 +212,23 @@ def test_the_newest_scheduler_takes_over(make_head):
     new.step(torch.zeros(3, dtype=torch.long))
     with pytest.raises(RuntimeError, match='no embeddings'):
         old.step(torch.zeros(3, dtype=torch.long))
+
+
+def test_heads_that_cannot_share_an_assignment_are_refused(make_head):
+    for other in (make_head(num_classes=5), make_head(seed=1)):
+        with pytest.raises(ValueError, match='heads of the model differ'):
+            AssignmentScheduler(nn.ModuleList([make_head(), other]))
+
+
+def test_a_state_that_lacks_something_changes_nothing(make_head):
+    scheduler = AssignmentScheduler(make_head())
+    feed(scheduler.heads[0], scheduler, 0)
+    state = scheduler.state_dict()
+    del state['due']
+    other = AssignmentScheduler(make_head())
+    with pytest.raises(KeyError):
+        other.load_state_dict(state)
+    assert not other.class_means.sums.any()
 
 
 @pytest.mark.parametrize('arguments, message', [

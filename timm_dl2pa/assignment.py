@@ -75,7 +75,8 @@ def solve_assignment(
 
     A class whose scores are all the same has no preference. So has a class that was never seen, whose mean is zero. It
     keeps its prototype of `start` unless a class with a preference takes that one. Where the maximum is no better than
-    `start` beyond rounding (1e-9 of the scores' magnitude), `start` is the answer: ties move no label.
+    `start` beyond rounding (1e-12 of the scores' magnitude), `start` is the answer. Where it is better, ties are broken
+    as the solver happens to.
 
     Args:
         scores: (C, K), any real dtype, on any device. Either this or the next two.
@@ -126,7 +127,7 @@ def solve_assignment(
 
     before, after = scores[everyone, start], scores[everyone, assignment]
     objective_before, objective = float(before.sum()), float(after.sum())
-    if objective - objective_before <= 1e-9 * np.abs(after).sum():
+    if objective - objective_before <= 1e-12 * np.abs(after).sum():
         assignment, objective = start, objective_before
     return AssignmentResult(
         assignment=torch.from_numpy(assignment),

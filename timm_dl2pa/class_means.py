@@ -41,17 +41,14 @@ class ClassMeans:
             embeddings: (B, d), unit rows, float32.
             targets: Class indices (B,), or soft targets (B, C) as mixup and cutmix make them: of each row, the two
                 largest entries count, by how far they rise above the row's smallest, which takes out the constant that
-                label smoothing adds. Each sample has the total weight 1.
+                label smoothing adds. Each sample has the total weight 1. (With C = 2 a mixed sample is one of its main
+                class: there the other share cannot be told from smoothing.)
 
         Raises:
             ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
         """
-        if len(targets) != len(embeddings):
-            raise ValueError(f'targets are for {len(targets)} samples, but there are {len(embeddings)} embeddings.')
+        self.check_shapes(embeddings, targets)
         if targets.ndim == 1:
-            if targets.is_floating_point():
-                raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), '
-                                 f'not {targets.dtype}.')
             if len(targets) == 0:
                 return
             targets = targets.long()
@@ -59,7 +56,7 @@ class ClassMeans:
             self.label_range = torch.stack([lowest, highest])
             # On a GPU an index out of range would end the process before `check` can name it.
             self.sums.index_add_(0, targets.clamp(0, self.num_classes - 1), embeddings)
-        elif targets.ndim == 2 and targets.shape[1] == self.num_classes:
+        else:
             targets = targets.float()
             shares, labels = targets.topk(min(2, self.num_classes), dim=1)
             shares = shares - targets.amin(dim=1, keepdim=True)
@@ -69,9 +66,22 @@ class ClassMeans:
                 # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
                 share = share.unsqueeze(1)
                 self.sums.index_add_(0, label, torch.where(share != 0, share * embeddings, 0.0))
-        else:
+
+    def check_shapes(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+        """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings."""
+        if targets.ndim == 0 or targets.shape[1:] not in ((), (self.num_classes,)):
             raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}), '
                              f'not of the shape {tuple(targets.shape)}.')
+        if len(targets) != len(embeddings):
+            raise ValueError(f'targets are for {len(targets)} samples, but there are {len(embeddings)} embeddings.')
+        if targets.ndim == 1 and targets.is_floating_point():
+            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), '
+                             f'not {targets.dtype}.')
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self.sums.zero_()
+        self.label_range.zero_()
 
     def check(self) -> None:
         """Raise a ValueError that names a class if a label was out of range or a sum is not finite. Waits."""

@@ -6,7 +6,7 @@ from . import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 with a line on stderr where an argument is no good."""
+    """Run the command and return 0; where an argument is no good, exit with 2 and a line on stderr."""
     parser = argparse.ArgumentParser(
         prog='timm-dl2pa', description='Classifier heads on fixed prototypes for timm models (DL2PA, CVPR 2024).')
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')

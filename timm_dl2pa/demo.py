@@ -68,8 +68,6 @@ def run_demo(
     """
     if epochs < 1:
         raise ValueError(f'--epochs must be at least 1, not {epochs}.')
-    if not timm.is_model(model.split('.')[0]):
-        raise ValueError(f'--model {model!r} is not a timm model: timm.list_models() has their names.')
     place = _device(device)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,18 +75,20 @@ def run_demo(
 
     print(f'{source}: {len(train_set)} training and {len(test_set)} test images, {len(names)} classes; '
           f'{model}, d = {dim}, on {place}')
+    # All are made before the first is trained, so that an option that is no good costs no time.
     runs, models, started = [], {}, {}
+    for kind in HEADS:
+        torch.manual_seed(seed)
+        models[kind] = _create_model(model, num_classes=len(names)).to(place)
+        if kind != 'linear':
+            wrap_dl2pa(models[kind], dim, seed=seed)
+            started[kind] = _main_head(models[kind]).assignment.cpu().clone()
     for kind, title in HEADS.items():
         torch.manual_seed(seed)
-        network = timm.create_model(model, num_classes=len(names)).to(place)
-        if kind != 'linear':
-            wrap_dl2pa(network, dim, seed=seed)
-            started[kind] = _main_head(network).assignment.cpu().clone()
-        run = Run(kind)
+        run, network = Run(kind), models[kind]
         _train(network, run, title, train_set, epochs, seed, place)
         run.top1 = _top1(network, test_set, place)
         runs.append(run)
-        models[kind] = network
 
     print('\n' + _table(runs))
     save_model(models['dl2pa'], folder / 'model', label_names=names)
@@ -113,6 +113,13 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _create_model(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except RuntimeError as error:
+        raise ValueError(f'--model {name!r} cannot be made ({error}): timm.list_models() has the names.') from None
+
+
 def _main_head(model: nn.Module) -> DL2PAHead:
     return next(module for module in model.modules() if isinstance(module, DL2PAHead))
 
@@ -122,7 +129,7 @@ def _main_head(model: nn.Module) -> DL2PAHead:
 
 def _images(data_dir: str | None, model: str, seed: int) -> tuple[Dataset, Dataset, list[str], str]:
     """Return training set, test set, class names, and what they are."""
-    network = timm.create_model(model)
+    network = _create_model(model)
     config = timm.data.resolve_data_config({}, model=network)
     if data_dir is None:
         # Models with one input size get it; others are fed images little larger than the digits are.

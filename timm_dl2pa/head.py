@@ -1,6 +1,7 @@
 """DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,12 @@ TRAIN_OUTPUTS = ('logits', 'embeddings')
 
 # Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
 _SHORTEST = 1e-6
+
+
+def _in_float32(tensor: torch.Tensor) -> AbstractContextManager:
+    """Return a context without autocast, for the tensor's device."""
+    # The meta device, where shapes are tried, has no autocast.
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def default_scale(num_classes: int) -> float:
@@ -221,15 +228,15 @@ class DL2PAHead(nn.Module):
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features)."""
         z = self.neck(x)
-        with torch.autocast(z.device.type, enabled=False):
+        with _in_float32(z):
             z = z.float()
             length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-            # z / inf is zero, and so is its gradient. A NaN length stays NaN: a diverged embedding is no zero one.
+            # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
             return z / length.masked_fill(length < _SHORTEST, math.inf)
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with _in_float32(embeddings):
             return embeddings.float() @ self.class_prototypes.t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -279,15 +286,11 @@ class DL2PAHead(nn.Module):
             state_dict: dict[str, Any],
             prefix: str,
             local_metadata: dict[str, Any],
-            strict: bool,
             *args: Any,
     ) -> None:
         # Everything is checked before anything is copied, the neck included, so that an error leaves the head whole.
         own = self.state_dict()
         given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        if strict and given and len(given) < len(own):
-            missing = ', '.join(prefix + name for name in own if name not in given)
-            raise RuntimeError(f'the state dict has only a part of the DL2PA head: {missing} is missing.')
         for name, value in given.items():
             if value.shape != own[name].shape:
                 raise RuntimeError(
@@ -310,7 +313,9 @@ class DL2PAHead(nn.Module):
                 state_dict[prefix + 'scale'] = given['scale'].float()
                 # The config goes on telling how to build this head.
                 config = replace(config, scale=float(given['scale']))
+            if 'log_scale' in given and not math.isfinite(float(given['log_scale'])):
+                raise ValueError(f'log_scale must be finite, not {float(given["log_scale"])}.')
         except ValueError as error:
             raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.config = config

@@ -30,8 +30,9 @@ def save_model(
 ) -> Path:
     """Write a wrapped model to a folder, from which `load_model` makes it again.
 
-    Writes `model.safetensors` and `config.json`. That the model can be rebuilt is tried before anything is written, and
-    each file replaces an older one only when it is complete.
+    Writes `model.safetensors` and `config.json`. Before anything is written the model is rebuilt, and the names and
+    shapes of its tensors are compared; each file replaces an older one only when it is complete. What changes no tensor
+    (another `global_pool`, say) is not noticed: name it in `model_args`.
 
     Args:
         model: A timm model with a DL2PA head.
@@ -65,7 +66,10 @@ def save_model(
         'label_names': label_names,
         'versions': {'timm_dl2pa': _own_version(), 'timm': timm.__version__, 'torch': str(torch.__version__)},
     }
-    text = json.dumps(config, indent=2) + '\n'
+    try:
+        text = json.dumps(config, indent=2) + '\n'
+    except TypeError as error:
+        raise ValueError(f'model_args and label_names must be JSON values: {error}') from None
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     _check_tensors(tensors, _build(config, head.prototypes), 'the model')
 
@@ -109,7 +113,10 @@ def load_model(folder: str | os.PathLike, device: torch.device | str = 'cpu') ->
     model = _build(config, prototypes)
     _check_tensors(tensors, model, str(folder / WEIGHTS_NAME))
     # With the files' dtypes: a model saved in bfloat16 comes back in bfloat16.
-    model.load_state_dict(tensors, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f'{folder / WEIGHTS_NAME} cannot be loaded: {error}') from None
     model.label_names = config['label_names']
     return model.to(device).eval()
 
@@ -127,8 +134,12 @@ def _build(config: dict[str, Any], prototypes: torch.Tensor) -> nn.Module:
         return DL2PAHead.from_config(replace(head, in_features=in_features), prototypes, **place)
 
     with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(
-            config['architecture'], pretrained=False, num_classes=head.num_classes, **config['model_args'])
+        try:
+            model = timm.create_model(
+                config['architecture'], pretrained=False, num_classes=head.num_classes, **config['model_args'])
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f'timm cannot make {config["architecture"]!r} with the arguments '
+                             f'{config["model_args"]}: {error}') from error
         return replace_classifiers(model, make_head)
 
 

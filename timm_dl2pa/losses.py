@@ -45,13 +45,15 @@ class _PrototypeLoss(nn.Module):
         if targets.shape not in ((len(output),), (len(output), head.num_classes)):
             raise ValueError(f'targets must be class indices ({len(output)},) or soft targets '
                              f'({len(output)}, {head.num_classes}), not of the shape {tuple(targets.shape)}.')
+        if targets.ndim == 1 and targets.is_floating_point():
+            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices, not {targets.dtype}.')
         if not embedded:
             chosen = output if targets.ndim == 2 else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
             return chosen.float() / head.current_scale()
         if targets.ndim == 2:
             return head.cosines(output)
-        # The rows of the B targets alone: nothing here grows with the number of classes.
-        return (output.float() * head.prototypes[head.assignment[targets]]).sum(dim=1)
+        # The rows of the B targets alone: nothing here grows with the number of classes. (gather refuses labels below 0.)
+        return (output.float() * head.prototypes[head.assignment.gather(0, targets.long())]).sum(dim=1)
 
     def _reduce(self, per_sample: torch.Tensor) -> torch.Tensor:
         per_sample = self.weight * per_sample
@@ -139,8 +141,8 @@ class DotRegressionLoss(_PrototypeLoss):
         """
         squared = (1.0 - self._cosines(output, targets)).square()
         if targets.ndim == 1:
-            ones = torch.ones_like(squared)
-            counts = torch.zeros(self.head.num_classes, device=squared.device).index_add_(0, targets.long(), ones)
+            targets, ones = targets.long(), torch.ones_like(squared)
+            counts = torch.zeros(self.head.num_classes, device=squared.device).index_add_(0, targets, ones)
             return self._reduce(0.5 * self._squared_lengths(counts, len(targets))[targets] * squared)
         shares = targets.to(squared.dtype)
         shares = shares - shares.amin(dim=1, keepdim=True)

@@ -56,7 +56,7 @@ class AssignmentScheduler:
         momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
 
     Raises:
-        ValueError: The model has no DL2PA head, or a number is out of range.
+        ValueError: The model has no DL2PA head, its heads differ, or a number is out of range.
 
     Example:
         >>> scheduler = AssignmentScheduler(model, interval=len(loader))
@@ -87,6 +87,10 @@ class AssignmentScheduler:
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
         head = self.heads[0]
+        for other in self.heads[1:]:
+            if other.num_classes != head.num_classes or not torch.equal(other.prototypes, head.prototypes):
+                raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
+                                 'share an assignment: make a scheduler for each head.')
         if stop != 0 and head.num_classes * len(head.prototypes) > MAX_SCORES:
             warnings.warn(f'{head.num_classes} classes are too many for the exact solver: a re-solve will raise. '
                           f'Keep the assignment static (stop=0).', stacklevel=2)
@@ -117,17 +121,16 @@ class AssignmentScheduler:
 
         Raises:
             RuntimeError: No forward in training mode came since the last step.
-            ValueError: The number of targets is not that of the embeddings. Or, at a re-solve: targets were out of
-                range or embeddings not finite (the class is named). The assignment stays as it was.
+            ValueError: The targets do not fit the embeddings. Or, at a re-solve: targets were out of range or
+                embeddings not finite (the class is named). The assignment stays as it was, and so do the class sums:
+                `class_means.reset()` drops them, for those who want to go on.
         """
         embeddings = self._embeddings
         if embeddings is None:
             raise RuntimeError(
                 'step() found no embeddings: call it once after each forward of the model in training mode. (Another '
                 'scheduler on the same model takes them over; and a copy of a model reports to no scheduler.)')
-        if len(embeddings) != len(targets):
-            raise ValueError(f'step() got {len(targets)} targets, but the last forward in training mode had '
-                             f'{len(embeddings)} embeddings.')
+        self.class_means.check_shapes(embeddings, targets)
         update = self._resolve() if self._due else None
         if self.class_means.sums.device != embeddings.device:
             self.class_means.to(embeddings.device)
@@ -196,6 +199,7 @@ class AssignmentScheduler:
         Raises:
             ValueError: It is of a head with other numbers of classes or dimensions. Nothing was changed.
         """
+        steps, epochs, due = state['steps'], state['epochs'], state['due']
         self.class_means.load_state_dict(state)
-        self.steps, self.epochs, self._due = state['steps'], state['epochs'], state['due']
+        self.steps, self.epochs, self._due = steps, epochs, due
         self._embeddings = None

@@ -13,10 +13,13 @@ def make_prototypes(num_prototypes: int, dim: int, *, seed: int = 0) -> torch.Te
     A regular simplex in closed form where K <= d + 1, a regular polygon in the plane, and elsewhere a minimum of the
     paper's uniformity objective, `log mean_{i<j} exp(-2 |p_i - p_j|^2)` (DL2PA, Eq. 4-5, after Wang & Isola 2020), by
     L-BFGS. Both closed forms are minima of that objective too (Cohn & Kumar 2007, "Universally optimal distribution of
-    points on spheres"). The optimisation takes seconds up to a few thousand points; beyond, its iterations are rationed
-    (see `minimise_uniformity`) and the result stays close to its start, randomly rotated cross-polytopes.
+    points on spheres"). The optimisation converges in seconds at hundreds of points; at thousands its iterations are
+    rationed (see `minimise_uniformity`), and beyond ten thousand the result is its start, randomly rotated
+    cross-polytopes. The objective is an average: where K is very large for d (a thousand points in three dimensions),
+    it is hardly higher when two of the points nearly touch.
 
-    The result depends on the arguments alone. The global random states of torch and numpy are neither read nor written.
+    On one machine, with one number of threads, the result depends on the arguments alone; elsewhere rounding may
+    differ. The global random states of torch and numpy are neither read nor written.
 
     Args:
         num_prototypes: K, the number of points, at least 1.

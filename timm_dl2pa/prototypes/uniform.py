@@ -7,8 +7,10 @@ from .closed_form import random_frame
 
 # Rows are taken together as long as their cosines with all points stay below this many numbers (64 MiB in float64).
 _BLOCK_ENTRIES = 2 ** 23
-# Multiply-adds that an optimisation may spend: about ten seconds on one core.
+# Multiply-adds that an optimisation may spend, about ten seconds on one core, and what the exponential of one cosine
+# counts as.
 _WORK = 2 * 10 ** 11
+_EXPONENTIAL = 30
 # With fewer evaluations than this, random points end up worse than cross-polytopes that nobody optimised.
 _FEW_EVALUATIONS = 100
 
@@ -58,13 +60,13 @@ def _cross_polytopes(num_points: int, dim: int, generator: np.random.Generator) 
 def minimise_uniformity(num_points: int, dim: int, seed: int) -> np.ndarray:
     """Return unit rows (K, d), float64, at a minimum of `uniformity`.
 
-    L-BFGS over unnormalised points x, p = x / |x|, from random points. An evaluation costs 2 K^2 d multiply-adds, of
-    which 2e11 may be spent: (1000, 512) has 195 evaluations and converges, (2000, 128) has 195 and nearly does,
-    (10000, 128) has 7, and (21841, 128) and beyond keep their start. Where that is too few, and where K <= 2 d (the
-    cosines of a cross-polytope are already the best possible there, Rankin 1955), the start is not random points but
-    randomly rotated cross-polytopes.
+    L-BFGS over unnormalised points x, p = x / |x|, from random points. An evaluation counts as 2 K^2 (d + 30)
+    multiply-adds, of which 2e11 may be spent, so that it takes some ten seconds at most: (100, 10) converges, (1000,
+    128) has 632 evaluations and nearly does, (10000, 128) has 6, and (21841, 128) and beyond keep their start. Where
+    that is too few, and where K <= 2 d (the cosines of a cross-polytope are already the best possible there, Rankin
+    1955), the start is not random points but randomly rotated cross-polytopes.
     """
-    evaluations = _WORK // (2 * num_points * num_points * dim)
+    evaluations = _WORK // (2 * num_points * num_points * (dim + _EXPONENTIAL))
     generator = np.random.default_rng(seed)
     if num_points <= 2 * dim or evaluations < _FEW_EVALUATIONS:
         start = _cross_polytopes(num_points, dim, generator)
@@ -85,6 +87,6 @@ def minimise_uniformity(num_points: int, dim: int, seed: int) -> np.ndarray:
         return value, (gradient / lengths).ravel()
 
     found = minimize(objective, start.ravel(), jac=True, method='L-BFGS-B',
-                     options={'maxiter': 1000, 'maxfun': evaluations, 'ftol': 1e-9, 'gtol': 1e-10, 'maxcor': 10})
+                     options={'maxiter': 1000, 'maxfun': evaluations, 'ftol': 1e-13, 'gtol': 1e-10, 'maxcor': 10})
     x = found.x.reshape(num_points, dim)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
