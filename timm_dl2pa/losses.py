@@ -52,7 +52,7 @@ class _PrototypeLoss(nn.Module):
             return chosen.float() / head.current_scale()
         if targets.ndim == 2:
             return head.cosines(output)
-        # The rows of the B targets alone: nothing here grows with the number of classes. (gather refuses labels below 0.)
+        # The rows of the B targets alone: nothing here grows with the number of classes. gather refuses labels < 0.
         return (output.float() * head.prototypes[head.assignment.gather(0, targets.long())]).sum(dim=1)
 
     def _reduce(self, per_sample: torch.Tensor) -> torch.Tensor:
