@@ -50,7 +50,7 @@ def in_process(rank, port, folder, train_output):
         if update:
             history.append((update.step, update.moved, update.objective, head.assignment.tolist()))
         if step == 3:  # rank 0 saves, all resume from its checkpoint
-            scheduler.class_means.merge()
+            scheduler.merge()
             state = [scheduler.state_dict()]
             dist.broadcast_object_list(state, src=0)
             scheduler = AssignmentScheduler(model, interval=2, momentum=0.5)

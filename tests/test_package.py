@@ -65,10 +65,11 @@ def test_readme_tables_are_those_of_the_results():
 
 
 @pytest.mark.timm
-def test_readmes_python_runs(monkeypatch):
+def test_readmes_python_runs(monkeypatch, tmp_path):
     """Each Python block, in order, in one namespace; pretrained weights and data are made at random."""
     import timm
     import torch
+    monkeypatch.chdir(tmp_path)  # one block saves a model
     create_model = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kw: create_model('test_resnet', **kw))
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 100, (8,))

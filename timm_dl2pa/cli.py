@@ -1,5 +1,6 @@
 """The command `timm-dl2pa`."""
 import argparse
+import sys
 from collections.abc import Sequence
 
 from . import __version__
@@ -29,8 +30,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       help='of the weights, the order of the images and the prototypes')
     demo.add_argument('--device', default=None, metavar='DEVICE', help='cpu, cuda, cuda:1, ...; default: a GPU if any')
     demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='where model, table and picture go')
+    commands.add_parser(
+        'run', add_help=False,
+        help="run a script of timm's, unmodified, with the DL2PA options among its flags (run --help)")
+    inspect = commands.add_parser(
+        'inspect',
+        help='show what is in a checkpoint',
+        description='Prints config, metric, history of the assignment and angular margins of a checkpoint of timm\'s '
+                    'train.py, a state dict, a safetensors file or a folder of save_model\'s. Nothing is unpickled but '
+                    'tensors and plain types.',
+    )
+    inspect.add_argument('checkpoint', metavar='CHECKPOINT')
+    inspect.add_argument('--all', action='store_true', dest='all_classes', help='list the margins of all classes')
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ['run']:
+        # Its options may stand anywhere among the script's, which argparse's subcommands do not know.
+        from .training.run import run_script
+        run_script(arguments[1:])
+        return 0
     options = vars(parser.parse_args(arguments))
-    del options['command']
+    if options.pop('command') == 'inspect':
+        from .training.inspection import inspect_checkpoint
+        try:
+            for line in inspect_checkpoint(options['checkpoint'], options['all_classes']):
+                print(line)
+        except (ValueError, OSError) as error:
+            inspect.exit(2, f'timm-dl2pa inspect: {error}\n')
+        return 0
     try:
         from .demo import run_demo
     except ModuleNotFoundError as error:

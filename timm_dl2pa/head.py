@@ -36,6 +36,15 @@ def default_scale(num_classes: int) -> float:
     return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
 
 
+class _Neck(nn.Sequential):
+    """Linear layer and BatchNorm1d, which stays one: timm's `convert_splitbn_model` makes every batch norm of a model a
+    four-dimensional one, which refuses (B, d). (Synchronised batch norm takes any shape, and is let in.)"""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if not isinstance(module, nn.BatchNorm2d):
+            super().add_module(name, module)
+
+
 @dataclass(frozen=True)
 class DL2PAConfig:
     """What a head is made from: with the head's state dict, enough to build it again.
@@ -102,7 +111,8 @@ class DL2PAHead(nn.Module):
     parameter `log_scale` if it is learned.
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
-    `AssignmentScheduler` sees them. It is not copied, pickled or saved with the head.
+    `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and `eval()`:
+    that is how timm's training task hears of epochs. Neither is copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -173,7 +183,7 @@ class DL2PAHead(nn.Module):
         elif neck == 'linear':
             self.neck = nn.Linear(in_features, dim, device=device, dtype=dtype)
         else:
-            self.neck = nn.Sequential(
+            self.neck = _Neck(
                 nn.Linear(in_features, dim, bias=False, device=device, dtype=dtype),
                 nn.BatchNorm1d(dim, device=device, dtype=dtype),
             )
@@ -184,6 +194,7 @@ class DL2PAHead(nn.Module):
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
         self.observer: Callable[[torch.Tensor], None] | None = None
+        self.mode_observer: Callable[[bool], None] | None = None
 
     @classmethod
     def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
@@ -249,6 +260,13 @@ class DL2PAHead(nn.Module):
                 return embeddings
         return self.cosines(embeddings) * self.current_scale()
 
+    def train(self, mode: bool = True) -> 'DL2PAHead':
+        """Set the mode, and tell the `mode_observer`."""
+        super().train(mode)
+        if self.mode_observer is not None:
+            self.mode_observer(mode)
+        return self
+
     @torch.no_grad()
     def assign(self, assignment: torch.Tensor) -> None:
         """Give each class c the prototype `assignment[c]`, in place.
@@ -271,7 +289,14 @@ class DL2PAHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
-        return dict(self.__dict__, observer=None)
+        return dict(self.__dict__, observer=None, mode_observer=None)
+
+    def __getattr__(self, name: str) -> Any:
+        # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.
+        if name in ('weight', 'bias'):
+            raise AttributeError(f'a DL2PAHead has no {name}: its class vectors are fixed prototypes, so that there is '
+                                 f'nothing to initialise or scale (--head-init-scale, --head-init-bias).')
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':
         before = {name: self._buffers[name] for name in ('prototypes', 'scale') if name in self._buffers}

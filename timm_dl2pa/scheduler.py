@@ -1,7 +1,7 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ class AssignmentUpdate:
 
     Attributes:
         step: Number of batches that had been folded in.
+        epoch: Number of epochs that were over (by `epoch_end()`).
         moved: Number of classes that changed their prototype.
         objective_before: `sum_c <m_c, p_a(c)>` over the class means, under the assignment that was in force.
         objective: The same under the new one: the maximum.
         seconds: Time of the re-solve.
     """
     step: int
+    epoch: int
     moved: int
     objective_before: float
     objective: float
@@ -47,6 +49,8 @@ class AssignmentScheduler:
     calls: at a re-solve the sums are merged, rank 0 solves, and all take its assignment, or raise its error.
 
     Where a model has several DL2PA heads (a distilled one), the first is observed, and all get its assignment.
+
+    `history` lists what each re-solve did.
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
@@ -100,6 +104,7 @@ class AssignmentScheduler:
         self.momentum = momentum
         self.steps = 0
         self.epochs = 0
+        self.history: list[AssignmentUpdate] = []
         self.class_means = ClassMeans(head.num_classes, head.dim, head.prototypes.device)
         self._due = False
         self._embeddings: torch.Tensor | None = None
@@ -131,7 +136,7 @@ class AssignmentScheduler:
                 'step() found no embeddings: call it once after each forward of the model in training mode. (Another '
                 'scheduler on the same model takes them over; and a copy of a model reports to no scheduler.)')
         self.class_means.check_shapes(embeddings, targets)
-        update = self._resolve() if self._due else None
+        update = self.resolve_if_due()
         if self.class_means.sums.device != embeddings.device:
             self.class_means.to(embeddings.device)
         self.class_means.add(embeddings, targets.to(embeddings.device, non_blocking=True))
@@ -147,13 +152,34 @@ class AssignmentScheduler:
         if self.interval == 'epoch':
             self._mark(self.epochs)
 
+    def resolve_if_due(self) -> AssignmentUpdate | None:
+        """Run the re-solve that is due, if any: `step` does so by itself.
+
+        Call it before the forward of a batch for that batch to be trained under the new assignment already. In a
+        distributed run every process must call it at the same point.
+
+        Returns:
+            What the re-solve did, or None if none was due.
+
+        Raises:
+            ValueError: Targets were out of range or embeddings not finite, as `step` says.
+        """
+        return self._resolve() if self._due else None
+
+    def merge(self) -> None:
+        """In a distributed run, move what every process summed to rank 0, whose `state_dict()` then is all there is.
+
+        Every process must call it at the same point. Alone, it does nothing.
+        """
+        self.class_means.merge()
+
     def _mark(self, count: int) -> None:
         if count >= self.start and (self.stop is None or count <= self.stop):
             self._due = True
 
     def _resolve(self) -> AssignmentUpdate:
         began = time.perf_counter()
-        self.class_means.merge()
+        self.merge()
         distributed = dist.is_available() and dist.is_initialized()
         answer: list[Any] = [None]
         if not distributed or dist.get_rank() == 0:
@@ -171,13 +197,16 @@ class AssignmentScheduler:
             head.assign(result.assignment)
         self.class_means.decay(self.momentum)
         self._due = False
-        return AssignmentUpdate(
+        update = AssignmentUpdate(
             step=self.steps,
+            epoch=self.epochs,
             moved=result.moved,
             objective_before=result.objective_before,
             objective=result.objective,
             seconds=time.perf_counter() - began,
         )
+        self.history.append(update)
+        return update
 
     def _solve(self):
         self.class_means.check()
@@ -189,9 +218,16 @@ class AssignmentScheduler:
         """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
 
         The assignment itself is in the model's state dict. In a distributed run each process has sums of its own: call
-        `class_means.merge()` on every process first, save rank 0's state, and load that on all.
+        `merge()` on every process first, save rank 0's state, and load that on all.
         """
-        return {'steps': self.steps, 'epochs': self.epochs, 'due': self._due, **self.class_means.state_dict()}
+        history = [asdict(update) for update in self.history]
+        return {
+            'steps': self.steps,
+            'epochs': self.epochs,
+            'due': self._due,
+            'history': history,
+            **self.class_means.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, bit for bit.
@@ -200,6 +236,7 @@ class AssignmentScheduler:
             ValueError: It is of a head with other numbers of classes or dimensions. Nothing was changed.
         """
         steps, epochs, due = state['steps'], state['epochs'], state['due']
+        history = [AssignmentUpdate(**update) for update in state['history']]
         self.class_means.load_state_dict(state)
-        self.steps, self.epochs, self._due = steps, epochs, due
+        self.steps, self.epochs, self._due, self.history = steps, epochs, due, history
         self._embeddings = None

@@ -1,0 +1,82 @@
+"""Model creation: `timm.create_model(..., dl2pa_dim=128)` makes a wrapped model."""
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import is_scriptable
+from timm.models import load_state_dict
+
+from ..head import DL2PAHead
+from ..models import wrap_dl2pa
+from .options import PluginOptions
+
+__all__ = ['create_wrapped', 'plugin_options']
+
+_logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = 'dl2pa_options'
+
+
+def plugin_options(model: nn.Module) -> PluginOptions | None:
+    """Return the options that a model was created with, or None for any other model."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptions, **arguments: Any) -> nn.Module:
+    """Make a timm model by its entry point, pretrained weights included, and put a new DL2PA head on it.
+
+    Where the pretrained weights come from the file of a DL2PA model, the neck is taken over too if it fits, and a
+    warning says what was kept.
+
+    Args:
+        make_backbone: timm's entry point of the architecture.
+        options: What to put on it.
+        arguments: Of the entry point.
+
+    Raises:
+        ValueError: The model is to be scripted, or cannot be wrapped.
+    """
+    if is_scriptable():
+        raise ValueError('a model with a DL2PA head cannot be made for TorchScript: leave --torchscript out (or use '
+                         '--torchcompile).')
+    overlay = dict(arguments.get('pretrained_cfg_overlay') or {})
+    source = overlay.get('file')
+    head_state: dict[str, torch.Tensor] = {}
+    if arguments.get('pretrained') and source and Path(source).suffix not in ('.npz', '.npy'):
+        state = load_state_dict(source)
+        prefixes = tuple(name.removesuffix('prototypes') for name in state
+                         if name.endswith('.prototypes') and name.removesuffix('prototypes') + 'assignment' in state)
+        if prefixes:
+            # Without the old head, so that timm sees the file of a backbone.
+            head_state = {name: state.pop(name) for name in list(state) if name.startswith(prefixes)}
+            overlay.update(file=None, state_dict=state)
+            arguments['pretrained_cfg_overlay'] = overlay
+    model = make_backbone(**arguments)
+    if head_state:
+        model.pretrained_cfg.update(file=source, state_dict=None)
+    wrap_dl2pa(model, **options.head_arguments())
+    if head_state:
+        _keep_neck(model, head_state, source)
+    setattr(model, _ATTRIBUTE, options)
+    return model
+
+
+def _keep_neck(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load the old neck into every head that it fits, whole, and say what was kept."""
+    kept = True
+    for name, head in model.named_modules():
+        if not isinstance(head, DL2PAHead):
+            continue
+        prefix = f'{name}.neck.'
+        old = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        new = head.neck.state_dict()
+        if {key: value.shape for key, value in old.items()} == {key: value.shape for key, value in new.items()}:
+            head.neck.load_state_dict(old)
+        else:
+            kept = False
+    neck = 'the neck were taken over' if kept else 'were taken over; the neck does not fit and starts anew'
+    _logger.warning(f'{source} is of a model with a DL2PA head: the backbone {"and " if kept else "weights "}{neck}, the '
+                    f'assignment starts anew. (--initial-checkpoint and --resume load the whole model.)')

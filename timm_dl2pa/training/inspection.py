@@ -1,0 +1,126 @@
+"""`timm-dl2pa inspect CHECKPOINT`: what is in a checkpoint of a DL2PA model."""
+import argparse
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+
+from ..assignment import check_assignment
+from ..prototypes import check_prototypes, unit_rows
+from .options import PREFIX
+
+__all__ = ['inspect_checkpoint', 'margins']
+
+_BLOCK = 2 ** 24  # scores at a time: 64 MB
+
+
+def margins(class_prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each class's angle to the nearest other class's prototype (C,), float32, in degrees, and that class (C,).
+
+    An embedding is classified rightly as long as it is within half that angle of its prototype.
+
+    Args:
+        class_prototypes: (C, d) unit rows, at least two.
+    """
+    rows = max(1, _BLOCK // len(class_prototypes))
+    cosines, nearest = [], []
+    for begin in range(0, len(class_prototypes), rows):
+        block = class_prototypes[begin:begin + rows] @ class_prototypes.t()
+        index = torch.arange(len(block))
+        block[index, begin + index] = -math.inf
+        best = block.max(dim=1)
+        cosines.append(best.values)
+        nearest.append(best.indices)
+    return torch.rad2deg(torch.cat(cosines).clamp(-1, 1).acos()), torch.cat(nearest)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of timm's, a plain state dict, a safetensors file, or a folder that holds one."""
+    if path.is_dir():
+        path = path / 'model.safetensors'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file.')
+    try:
+        if path.suffix == '.safetensors':
+            return {'state_dict': load_file(path)}
+        # Tensors and plain types alone; the script's arguments are a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f'{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint.')
+    return checkpoint if 'state_dict' in checkpoint else {'state_dict': checkpoint}
+
+
+def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[str]:
+    """Yield the lines of a report on a checkpoint: config, metric, history of the assignment, angular margins.
+
+    Args:
+        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder that `save_model` wrote.
+        all_classes: List every class's margin, not only the ten smallest.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or has no DL2PA head.
+    """
+    checkpoint = _load(Path(path))
+    state = clean_state_dict(checkpoint['state_dict'])
+    heads = [name.removesuffix('prototypes') for name in state
+             if name.endswith('prototypes') and name.removesuffix('prototypes') + 'assignment' in state]
+    if not heads:
+        raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
+    arguments = checkpoint.get('args')
+    model_kwargs = getattr(arguments, 'model_kwargs', None) or {}
+    task = (checkpoint.get('task_state') or {}).get('dl2pa') or {}
+
+    yield f'checkpoint     {path}'
+    for label, value in (('model', getattr(arguments, 'model', None)), ('epoch', checkpoint.get('epoch')),
+                         ('metric', checkpoint.get('metric'))):
+        if value is not None:
+            yield f'{label:<14} {value}'
+    options = task.get('options') or {name.removeprefix(PREFIX): value for name, value in model_kwargs.items()
+                                      if name.startswith(PREFIX)}
+    if options:
+        yield 'options        ' + ' '.join(f'{name}={value}' for name, value in options.items() if value is not None)
+    for prefix in heads:
+        prototypes, assignment = state[prefix + 'prototypes'], state[prefix + 'assignment']
+        check_prototypes(prototypes)
+        check_assignment(assignment, len(assignment), len(prototypes))
+        if prefix + 'log_scale' in state:
+            scale = f'{state[prefix + "log_scale"].float().exp().item():.4g} (learned)'
+        else:
+            scale = f'{state[prefix + "scale"].item():.4g}' if prefix + 'scale' in state else 'unknown'
+        neck = sum(value.numel() for name, value in state.items()
+                   if name.startswith(prefix + 'neck.') and name.endswith(('weight', 'bias')))
+        yield (f'{"head":<14} {prefix.rstrip(".") or "(the model itself)"}: {len(assignment)} classes, '
+               f'{len(prototypes)} prototypes in {prototypes.shape[1]} dimensions, scale {scale}, {neck} parameters')
+
+    scheduler = task.get('scheduler')
+    if scheduler is None:
+        yield 'assignment     no history in this file'
+    else:
+        count = len(assignment)
+        yield (f'assignment     {len(scheduler["history"])} re-solves in {scheduler["steps"]} batches, '
+               f'{scheduler["epochs"] + bool(task["batches"])} epochs' + (', one is due' if scheduler['due'] else ''))
+        yield f'{"epoch":>7} {"batch":>8} {"moved":>6} {"objective per class":>21} {"seconds":>8}'
+        for entry in scheduler['history']:
+            before, after = entry['objective_before'] / count, entry['objective'] / count
+            yield (f'{entry["epoch"]:>7} {entry["step"]:>8} {entry["moved"]:>6} {before:>9.4f} -> {after:>8.4f} '
+                   f'{entry["seconds"]:>8.2f}')
+
+    prototypes, assignment = state[heads[0] + 'prototypes'], state[heads[0] + 'assignment'].long()
+    angles, nearest = margins(unit_rows(prototypes).float()[assignment])
+    yield (f'margins        angle to the nearest other prototype: least {angles.min():.2f}, mean {angles.mean():.2f}, '
+           f'greatest {angles.max():.2f} degrees')
+    order = range(len(angles)) if all_classes else angles.argsort(stable=True)[:10].tolist()
+    yield f'{"class":>7} {"prototype":>10} {"nearest":>8} {"degrees":>8}' + (
+        '' if all_classes or len(angles) <= 10 else f'   (the ten smallest of {len(angles)}; --all for the rest)')
+    for index in order:
+        yield f'{index:>7} {assignment[index].item():>10} {nearest[index].item():>8} {angles[index]:>8.2f}'

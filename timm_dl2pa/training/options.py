@@ -1,0 +1,75 @@
+"""The dl2pa_... options: one table for `create_model`, `--model-kwargs`, YAML files and `timm-dl2pa run`."""
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..head import NECKS
+
+__all__ = ['LOSSES', 'PREFIX', 'PluginOptions']
+
+PREFIX = 'dl2pa_'
+LOSSES = ('criterion', 'squared_cosine', 'dot_regression')
+
+
+def _option(default: Any, kinds: tuple[type, ...], help: str) -> Any:
+    return field(default=default, metadata={'kinds': kinds, 'help': help})
+
+
+@dataclass(frozen=True)
+class PluginOptions:
+    """What a person may set of the head and of its training in a script of timm's. Each name has the prefix dl2pa_.
+
+    Raises:
+        ValueError: A value has the wrong type, or names no loss. Ranges are checked by what the values are for.
+    """
+    dim: int = _option(128, (int,), 'd, the dimension of the embeddings (default: 128)')
+    num_prototypes: int | None = _option(None, (int,), 'K, at least the number of classes (default: that number)')
+    neck: str = _option('linear', (str,), f'one of {", ".join(NECKS)} (default: linear)')
+    scale: float | None = _option(None, (int, float), 'factor on the cosines in the logits (default: by the number of '
+                                                      'classes)')
+    learn_scale: bool = _option(False, (bool,), 'make the scale a parameter')
+    seed: int = _option(0, (int,), 'of the prototypes (default: 0)')
+    loss: str = _option('criterion', (str,), "criterion (the script's own, on the logits), squared_cosine or "
+                                             'dot_regression, which take its place (default: criterion)')
+    loss_weight: float | None = _option(None, (int, float), "factor on our losses (default: the loss's own, 30 and 1)")
+    interval: int | str = _option('epoch', (int, str), "re-solve after each 'epoch', or after so many batches "
+                                                       '(default: epoch)')
+    start: int = _option(0, (int,), 'no re-solve before so many epochs, or batches (default: 0)')
+    stop: int | None = _option(None, (int,), 'none after so many; 0 keeps the assignment static (default: never stops)')
+    momentum: float = _option(0.5, (int, float), 'factor on the class sums after each re-solve (default: 0.5)')
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value, kinds = getattr(self, spec.name), spec.metadata['kinds']
+            if value is None and spec.default is None:
+                continue
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                expected = ' or '.join(kind.__name__ for kind in kinds)
+                raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
+        if self.loss not in LOSSES:
+            raise ValueError(f'{PREFIX}loss must be one of {", ".join(LOSSES)}, not {self.loss!r}.')
+        if self.loss == 'criterion' and self.loss_weight is not None:
+            raise ValueError(f"{PREFIX}loss_weight is for our losses: it has no meaning with {PREFIX}loss='criterion'.")
+
+    @classmethod
+    def take(cls, arguments: dict[str, Any]) -> 'PluginOptions | None':
+        """Remove the dl2pa_... entries from `arguments` and return them; None if there are none.
+
+        Raises:
+            ValueError: One of them is unknown, or its value is no good.
+        """
+        given = {name: arguments.pop(name) for name in list(arguments) if name.startswith(PREFIX)}
+        return cls.from_mapping(given) if given else None
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> 'PluginOptions':
+        known = [PREFIX + spec.name for spec in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            raise ValueError(f'{", ".join(unknown)}: no such option. There are {", ".join(known)}.')
+        return cls(**{name[len(PREFIX):]: value for name, value in given.items()})
+
+    def head_arguments(self) -> dict[str, Any]:
+        """Return those that `wrap_dl2pa` takes."""
+        names = ('dim', 'num_prototypes', 'neck', 'scale', 'learn_scale', 'seed')
+        return {name: getattr(self, name) for name in names}
