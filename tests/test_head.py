@@ -190,7 +190,7 @@ def test_loading_another_size_is_an_error_and_changes_nothing(make_head, other, 
     (lambda s: changed(s, assignment=s['assignment'].clone().fill_(2)), 'classes 0 and 1 share the prototype 2'),
     (lambda s: changed(s, assignment=s['assignment'] + 7), 'outside 0..8'),
     (lambda s: changed(s, assignment=s['assignment'] - 1), 'outside 0..8'),
-    (lambda s: changed(s, assignment=s['assignment'].float()), 'cannot be averaged'),
+    (lambda s: changed(s, assignment=s['assignment'] + 0.5), 'cannot be averaged'),
     (lambda s: changed(s, scale=torch.tensor(0.0)), 'scale must be positive'),
     (lambda s: changed(s, scale=torch.tensor(float('nan'))), 'scale must be positive'),
 ])
@@ -202,6 +202,14 @@ def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, m
         head.load_state_dict(break_it(donor.state_dict()))
     assert_same_state(head, before)
     assert head.config == config
+
+
+def test_average_of_checkpoints_loads_when_assignments_agree(make_head):
+    """timm's avg_checkpoints.py makes everything float32."""
+    one, two = make_head(), make_head()
+    one.assign(torch.tensor([3, 1, 0, 2, 6, 5, 4]))
+    two.load_state_dict({name: value.float() for name, value in one.state_dict().items()})
+    assert two.assignment.tolist() == [3, 1, 0, 2, 6, 5, 4] and two.assignment.dtype == torch.int64
 
 
 def test_average_of_checkpoints_is_refused_when_assignments_differ(make_head):

@@ -49,6 +49,16 @@ def check_assignment(assignment: torch.Tensor, num_classes: int, num_prototypes:
                          f'average only those that agree.')
 
 
+def restore_whole_numbers(assignment: torch.Tensor) -> torch.Tensor:
+    """Return a floating-point assignment as int64 where its numbers are whole, and anything else as it is.
+
+    timm's avg_checkpoints.py writes everything as float32, the average of equal assignments too.
+    """
+    if assignment.is_floating_point() and torch.equal(assignment, assignment.round()):
+        return assignment.long()
+    return assignment
+
+
 def _as_float64(array: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
     if isinstance(array, torch.Tensor):
         array = array.detach().to('cpu', torch.float64).numpy()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .assignment import check_assignment
+from .assignment import check_assignment, restore_whole_numbers
 from .prototypes import check_prototypes, make_prototypes, unit_rows
 
 __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
@@ -111,8 +111,8 @@ class DL2PAHead(nn.Module):
     parameter `log_scale` if it is learned.
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
-    `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and `eval()`:
-    that is how timm's training task hears of epochs. Neither is copied, pickled or saved with the head.
+    `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
+    `eval()`: that is how a training task of timm's hears of epochs. Neither is copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -332,8 +332,9 @@ class DL2PAHead(nn.Module):
                 if self.prototypes.is_meta or not torch.equal(prototypes.cpu(), self.prototypes.cpu()):
                     config = replace(config, own_prototypes=True)
             if 'assignment' in given:
-                check_assignment(given['assignment'], self.num_classes, len(self.prototypes))
-                state_dict[prefix + 'assignment'] = given['assignment'].long()
+                assignment = restore_whole_numbers(given['assignment'])
+                check_assignment(assignment, self.num_classes, len(self.prototypes))
+                state_dict[prefix + 'assignment'] = assignment.long()
             if 'scale' in given:
                 state_dict[prefix + 'scale'] = given['scale'].float()
                 # The config goes on telling how to build this head.

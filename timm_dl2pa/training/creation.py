@@ -77,6 +77,6 @@ def _keep_neck(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
             head.neck.load_state_dict(old)
         else:
             kept = False
-    neck = 'the neck were taken over' if kept else 'were taken over; the neck does not fit and starts anew'
-    _logger.warning(f'{source} is of a model with a DL2PA head: the backbone {"and " if kept else "weights "}{neck}, the '
-                    f'assignment starts anew. (--initial-checkpoint and --resume load the whole model.)')
+    taken = 'backbone and its neck were taken over' if kept else 'backbone was taken over, its neck does not fit'
+    _logger.warning(f'{source} is of a model with a DL2PA head: its {taken}; the rest of the head starts anew. '
+                    f'(--initial-checkpoint and --resume load the whole model.)')

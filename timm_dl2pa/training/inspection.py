@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
-from ..assignment import check_assignment
+from ..assignment import check_assignment, restore_whole_numbers
 from ..prototypes import check_prototypes, unit_rows
 from .options import PREFIX
 
@@ -90,7 +90,7 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
     if options:
         yield 'options        ' + ' '.join(f'{name}={value}' for name, value in options.items() if value is not None)
     for prefix in heads:
-        prototypes, assignment = state[prefix + 'prototypes'], state[prefix + 'assignment']
+        prototypes, assignment = state[prefix + 'prototypes'], restore_whole_numbers(state[prefix + 'assignment'])
         check_prototypes(prototypes)
         check_assignment(assignment, len(assignment), len(prototypes))
         if prefix + 'log_scale' in state:

@@ -67,7 +67,7 @@ def run_script(arguments: Sequence[str]) -> None:
     text = script.read_text(encoding='utf-8', errors='replace')
     first_model = None
     if given and 'create_model' not in text:
-        print(f'timm-dl2pa run: {script.name} makes no model, so that the DL2PA options have no effect.', file=sys.stderr)
+        print(f'timm-dl2pa run: {script.name} makes no model: the DL2PA options have no effect.', file=sys.stderr)
     elif given and _FLAG in text:
         argv = _with_model_kwargs(argv, given)
     elif given:
@@ -98,7 +98,7 @@ def _use_timm_beside(script: Path, arguments: Sequence[str]) -> None:
     if beside.is_file() and not beside.samefile(timm.__file__):
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get('PYTHONPATH')]))
         if os.environ.get('PYTHONPATH') == path:
-            raise SystemExit(f'timm-dl2pa run: {script} needs the timm beside it, but {timm.__file__} is imported first.')
+            raise SystemExit(f'timm-dl2pa run: {script} is for the timm beside it, but {timm.__file__} comes first.')
         command = [sys.executable, '-m', 'timm_dl2pa', 'run', *arguments]
         os.execve(sys.executable, command, {**os.environ, 'PYTHONPATH': path})
 

@@ -171,7 +171,7 @@ class DL2PATask(TrainingTask):
         if ema:
             return
         if not state or 'dl2pa' not in state:
-            _logger.warning('The checkpoint holds no state of the DL2PA assignment: class means and schedule start anew.')
+            _logger.warning('The checkpoint holds no state of a DL2PA scheduler: class means and schedule start anew.')
             return
         self.assignment_scheduler.load_state_dict(state['dl2pa']['scheduler'])
         self._batches = state['dl2pa']['batches']

@@ -1,0 +1,519 @@
+"""The plugin in timm's tasks, savers and summaries. (tests/test_scripts.py runs timm's own scripts.)"""
+import argparse
+import csv
+import logging
+import os
+import socket
+from contextlib import suppress
+
+import pytest
+import timm
+import timm.models._factory as factory
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from stand_in import BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
+from timm import utils
+from timm.data import Mixup
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, SoftTargetCrossEntropy
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, DotRegressionLoss, SquaredCosineLoss
+from timm_dl2pa.training import PluginOptions, install, plugged_in, uninstall
+
+pytestmark = pytest.mark.timm
+
+
+@pytest.fixture(autouse=True)
+def plugin():
+    with plugged_in():
+        yield
+
+
+def load(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(ours, theirs):
+    """Whether two states are equal bit for bit, but for the seconds that re-solves took."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours if key != 'seconds')
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+def same_checkpoints(one, two):
+    one, two = load(one), load(two)
+    names = one.keys() - {'args', 'saver'}
+    return one.keys() == two.keys() and all(same(one[name], two[name]) for name in names)
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+# --- model creation
+
+
+def test_create_model_takes_the_options():
+    model = make_model(dl2pa_dim=3, dl2pa_num_prototypes=8, dl2pa_neck='linear_bn', dl2pa_scale=7, dl2pa_seed=5)
+    config = model.get_classifier().config
+    assert (config.dim, config.num_prototypes, config.neck, config.scale, config.seed) == (3, 8, 'linear_bn', 7, 5)
+    assert make_model(dl2pa_loss='squared_cosine').get_classifier().dim == 128
+    assert isinstance(make_model(dl2pa_dim=None).get_classifier(), torch.nn.Linear)
+
+
+@pytest.mark.parametrize('options, reason', [
+    (dict(dl2pa_dimm=3), 'dl2pa_dimm: no such option. There are dl2pa_dim, '),
+    (dict(dl2pa_dim='three'), "dl2pa_dim must be int, not 'three'"),
+    (dict(dl2pa_dim=True), 'dl2pa_dim must be int, not True'),
+    (dict(dl2pa_learn_scale='true'), "dl2pa_learn_scale must be bool, not 'true'"),
+    (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression'),
+    (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
+    (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
+])
+def test_options_that_are_no_good(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_model(**options)
+
+
+def test_a_first_model_alone_gets_the_options_of_a_script_that_passes_none():
+    uninstall()
+    with plugged_in(PluginOptions(dim=3)):
+        assert isinstance(make_model().get_classifier(), DL2PAHead)
+        assert isinstance(make_model().get_classifier(), torch.nn.Linear)
+
+
+def test_nothing_is_left_after_an_error():
+    uninstall()
+    before = (factory.model_entrypoint, utils.CheckpointSaver.__init__, utils.update_summary)
+    with pytest.raises(KeyError), plugged_in():
+        install()
+        assert factory.model_entrypoint is not before[0]
+        raise KeyError
+    assert (factory.model_entrypoint, utils.CheckpointSaver.__init__, utils.update_summary) == before
+    task = ClassificationTask(make_model(), criterion=torch.nn.CrossEntropyLoss())
+    assert type(task) is ClassificationTask
+    with pytest.raises(TypeError):
+        make_model(dl2pa_dim=3)
+
+
+def test_a_timm_that_lacks_something_is_refused_with_the_versions_that_work(monkeypatch):
+    uninstall()
+    monkeypatch.delattr(TrainingTask, 'get_task_state')
+    before = factory.model_entrypoint
+    reason = 'works with timm 1.0.27 and newer; timm .* lacks TrainingTask.get_task_state'
+    with pytest.raises(RuntimeError, match=reason):
+        install()
+    assert factory.model_entrypoint is before
+
+
+def test_without_options_everything_is_as_without_the_plugin(tmp_path):
+    random = torch.get_rng_state()
+    task = train(tmp_path / 'with')
+    assert type(task) is ClassificationTask
+    after = torch.get_rng_state()
+    uninstall()
+    torch.set_rng_state(random)
+    assert train(tmp_path / 'without').losses == task.losses
+    assert torch.equal(after, torch.get_rng_state())
+    assert same_checkpoints(tmp_path / 'with' / 'last.pth.tar', tmp_path / 'without' / 'last.pth.tar')
+    assert rows(tmp_path / 'with' / 'summary.csv') == rows(tmp_path / 'without' / 'summary.csv')
+    assert not (tmp_path / 'with' / 'dl2pa.csv').exists()
+
+
+# --- training
+
+
+def by_hand(interval, epochs=3):
+    """The same training as a plain loop, and the assignment in force at each batch."""
+    model = make_model(dl2pa_dim=3).train()
+    head = model.get_classifier()
+    scheduler = AssignmentScheduler(model, interval=interval)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    losses = []
+    for epoch in range(epochs):
+        for images, labels in batches(epoch):
+            scheduler.resolve_if_due()
+            loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step(labels)
+            losses.append(loss.item())
+        scheduler.epoch_end()
+    return losses, head.assignment, scheduler.history
+
+
+@pytest.mark.parametrize('interval', ['epoch', 3])
+def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
+    caplog.set_level(logging.INFO)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=interval)
+    assert isinstance(task, ClassificationTask) and type(task).__name__ == 'ClassificationTask'
+    losses, assignment, history = by_hand(interval)
+    assert task.losses == losses
+    assert torch.equal(task.dl2pa_heads[0].assignment, assignment)
+    ours = task.assignment_scheduler.history
+    assert [(u.step, u.epoch, u.moved, u.objective) for u in ours] == [
+        (u.step, u.epoch, u.moved, u.objective) for u in history]
+    assert len(ours) == (2 if interval == 'epoch' else 3) and any(update.moved for update in ours)
+
+    # What the user sees: one line at the start and one a re-solve, a file beside the summary, and the summary.
+    lines = [record.message for record in caplog.records if record.message.startswith('DL2PA')]
+    assert 'K=5' in lines[0] and 'd=3' in lines[0] and 'LabelSmoothingCrossEntropy' in lines[0] and 'scipy' in lines[0]
+    assert len(lines) == 1 + len(ours)
+    assert f'batch {ours[0].step}: {ours[0].moved} of 5 labels moved' in lines[1]
+    assert f'{ours[0].objective_before / 5:.4f} -> {ours[0].objective / 5:.4f}' in lines[1]
+    record = rows(tmp_path / 'dl2pa.csv')
+    assert [int(row['moved']) for row in record] == [update.moved for update in ours]
+    assert [float(row['objective']) for row in record] == pytest.approx([update.objective / 5 for update in ours])
+    summary = rows(tmp_path / 'summary.csv')
+    assert summary[-1]['train_dl2pa_moved'] == str(ours[-1].moved) and len(summary) == 3
+    assert summary[0]['train_dl2pa_resolves'] == ('0' if interval == 'epoch' else '1')
+
+
+def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
+    logged = []
+
+    class Wandb:
+        log = staticmethod(logged.append)
+
+    monkeypatch.setattr('timm.utils.summary.wandb', Wandb, raising=False)
+    train(tmp_path, dl2pa_dim=3, epochs=2, log_wandb=True)
+    assert logged[1]['train_dl2pa_resolves'] == 1 and 'train_dl2pa_objective' in logged[1]
+
+
+OFFERS = {
+    'squared cosine': dict(dl2pa_loss='squared_cosine'),
+    'dot regression': dict(dl2pa_loss='dot_regression', dl2pa_loss_weight=2.0),
+    'mixup': dict(mixup=dict(mixup_alpha=0.8), criterion=SoftTargetCrossEntropy()),
+    'cutmix, squared cosine': dict(mixup=dict(mixup_alpha=0, cutmix_alpha=1.0), dl2pa_loss='squared_cosine'),
+    'mixup, dot regression': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='dot_regression'),
+    'bce': dict(criterion=BinaryCrossEntropy()),
+    'jsd': dict(criterion=JsdCrossEntropy(num_splits=2, smoothing=0.1)),
+    'accumulation': dict(accumulate=2),
+    'bfloat16': dict(autocast=torch.bfloat16),
+    'float16': dict(autocast=torch.float16, dl2pa_loss='squared_cosine'),
+    'bfloat16 model': dict(dtype=torch.bfloat16),
+    'compiled': dict(compiled=True, dl2pa_loss='squared_cosine'),
+    'compiled, ema': dict(compiled=True, ema=True),
+    'learned scale': dict(dl2pa_learn_scale=True),
+    'clip agc': dict(clip='agc'),
+    'clip norm': dict(clip='norm'),
+    'no validation': dict(validate=False),
+    'several classifiers': dict(name='deit_tiny_distilled_patch16_224', img_size=32, depth=1,
+                                dl2pa_loss='squared_cosine'),
+}
+
+
+@pytest.mark.parametrize('offer', OFFERS)
+def test_what_a_script_offers(tmp_path, offer):
+    options = dict(OFFERS[offer])
+    if 'mixup' in options:
+        options['mixup'] = Mixup(num_classes=CLASSES, label_smoothing=0.1, **options['mixup'])
+    task = train(tmp_path, dl2pa_dim=3, **options)
+    assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
+    assert all(map(torch.isfinite, map(torch.tensor, task.losses)))
+    state = load(tmp_path / 'last.pth.tar')
+    assert state['task_state']['dl2pa']['scheduler']['steps'] == 3 * BATCHES
+    for head in task.dl2pa_heads:
+        assert torch.equal(head.assignment, task.dl2pa_heads[0].assignment)
+    kind = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}.get(options.get('dl2pa_loss'))
+    if kind is not None:
+        assert type(task.criterion) is kind
+        # No (B, C) logits where a model has one classifier.
+        assert task.dl2pa_heads[0].train_output == ('embeddings' if len(task.dl2pa_heads) == 1 else 'logits')
+        assert task.criterion.weight == options.get('dl2pa_loss_weight', 30 if kind is SquaredCosineLoss else 1)
+    if 'ema' in offer:
+        name = 'fc.assignment'
+        assert torch.equal(state['state_dict_ema'][name], state['state_dict'][name])
+        assert 'task_state_ema' not in state
+
+
+def test_split_batch_norm_leaves_the_necks_alone(tmp_path):
+    model = convert_splitbn_model(make_model(dl2pa_dim=3, dl2pa_neck='linear_bn'), 2)
+    assert type(model.get_classifier().neck[1]) is torch.nn.BatchNorm1d
+    assert any('SplitBatchNorm' in type(module).__name__ for module in model.modules())
+    task = train(tmp_path, model=model)
+    assert len(task.assignment_scheduler.history) == 2
+
+
+def test_synchronised_batch_norm_reaches_the_necks():
+    """Only its place is tested: it takes a GPU to run."""
+    model = convert_sync_batchnorm(make_model(dl2pa_dim=3, dl2pa_neck='linear_bn'))
+    assert type(model.get_classifier().neck[1]) is torch.nn.SyncBatchNorm
+
+
+def test_adaptive_clipping_leaves_out_the_heads_parameters():
+    model = make_model(dl2pa_dim=3, dl2pa_neck='linear_bn')
+    task = ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss())
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    left = list(task.get_clip_parameters(exclude_head=True))
+    assert len(head) == 3 and not head & {id(parameter) for parameter in left}
+    assert len(list(task.get_clip_parameters())) == len(left) + 3 == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('kind', [LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask])
+@pytest.mark.parametrize('loss', ['criterion', 'squared_cosine'])
+def test_distillation(tmp_path, kind, loss):
+    student = {}
+    if kind is TokenDistillationTask:
+        student = dict(name='deit_tiny_distilled_patch16_224', img_size=32, depth=1)
+    teacher = make_model('test_efficientnet')
+
+    def make_task(model, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the projection of feature distillation
+            return kind(student_model=model, teacher_model=teacher, **kwargs)
+
+    options = dict(make_task=make_task, dl2pa_dim=3, dl2pa_loss=loss, **student)
+    task = train(tmp_path / 'unbroken', **options)
+    assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
+    state = load(tmp_path / 'unbroken' / 'last.pth.tar')['task_state']
+    # timm's own task state is there beside ours.
+    assert ('projection' in state) == (kind is FeatureDistillationTask)
+    train(tmp_path / 'broken', epochs=2, **options)
+    train(tmp_path / 'broken', resume=tmp_path / 'broken' / 'last.pth.tar', **options)
+    assert same_checkpoints(tmp_path / 'broken' / 'last.pth.tar', tmp_path / 'unbroken' / 'last.pth.tar')
+
+
+@pytest.mark.parametrize('options, reason', [
+    (dict(dl2pa_loss='squared_cosine', criterion=BinaryCrossEntropy()), 'leave out either it or --bce-loss'),
+    (dict(dl2pa_loss='dot_regression', criterion=JsdCrossEntropy()), 'leave out either it or --bce-loss'),
+    (dict(dl2pa_loss='squared_cosine', dl2pa_learn_scale=True), 'would give the learned scale no gradient'),
+    (dict(dl2pa_interval='never'), "interval must be 'epoch' or a number of batches"),
+    (dict(mixup=lambda x, y: (x, torch.ones(len(x), CLASSES))), 'multi-label targets'),
+])
+def test_what_is_refused_before_training(tmp_path, options, reason):
+    model = make_model(**{'dl2pa_dim': 3, **{name: value for name, value in options.items() if 'dl2pa' in name}})
+    before = {name: value.clone() for name, value in model.state_dict().items() if 'running' not in name}
+    with pytest.raises(ValueError, match=reason):
+        train(tmp_path, model=model, **{name: value for name, value in options.items() if 'dl2pa' not in name})
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_multi_label_tasks_are_refused():
+    task = pytest.importorskip('timm.task')
+    if not hasattr(task, 'MultiLabelClassificationTask'):
+        pytest.skip('this timm has no multi-label task')
+    with pytest.raises(ValueError, match='multi-label targets have no meaning'):
+        task.MultiLabelClassificationTask(make_model(dl2pa_dim=3))
+
+
+def test_initial_scaling_of_the_classifier_is_refused_with_the_reason():
+    classifier = make_model(dl2pa_dim=3).get_classifier()
+    for name in ('weight', 'bias'):
+        with pytest.raises(AttributeError, match='--head-init-scale'):
+            getattr(classifier, name)
+    assert not hasattr(classifier, 'weight')
+
+
+def test_a_script_without_tasks_is_refused_when_it_makes_its_saver(tmp_path):
+    model = make_model(dl2pa_dim=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r'trains without the tasks of timm\.task.*timm 1\.0\.27 or newer'):
+        utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path))
+    utils.CheckpointSaver(make_model(), optimizer, checkpoint_dir=str(tmp_path))
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize('interval', ['epoch', 3])
+@pytest.mark.parametrize('stopped_after', [1, 2, 3])
+def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, interval, stopped_after):
+    options = dict(dl2pa_dim=3, dl2pa_interval=interval, ema=True)
+    train(tmp_path / 'unbroken', epochs=4, **options)
+    train(tmp_path / 'broken', epochs=stopped_after, **options)
+    train(tmp_path / 'broken', epochs=4, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
+    assert same_checkpoints(tmp_path / 'broken' / 'last.pth.tar', tmp_path / 'unbroken' / 'last.pth.tar')
+    seconds = dict(seconds=None)
+    assert [{**row, **seconds} for row in rows(tmp_path / 'broken' / 'dl2pa.csv')] == [
+        {**row, **seconds} for row in rows(tmp_path / 'unbroken' / 'dl2pa.csv')]
+
+
+def test_resume_after_a_kill_goes_on_from_the_last_checkpoint(tmp_path):
+    options = dict(dl2pa_dim=3, dl2pa_interval=3)
+    train(tmp_path / 'unbroken', **options)
+    with pytest.raises(Killed):
+        train(tmp_path / 'broken', die_after=BATCHES + 2, **options)
+    train(tmp_path / 'broken', resume=tmp_path / 'broken' / 'last.pth.tar', **options)
+    assert same_checkpoints(tmp_path / 'broken' / 'last.pth.tar', tmp_path / 'unbroken' / 'last.pth.tar')
+
+
+def test_a_recovery_checkpoint_holds_the_state_of_its_moment(tmp_path):
+    options = dict(dl2pa_dim=3)
+    with pytest.raises(Killed):
+        train(tmp_path, die_after=BATCHES + 2, recovery_interval=2, **options)
+    recovery = tmp_path / 'recovery-1-1.pth.tar'
+    state = load(recovery)['task_state']['dl2pa']
+    assert state['batches'] == 2 and state['scheduler']['steps'] == BATCHES + 2 and state['scheduler']['epochs'] == 1
+    task = train(tmp_path, resume=recovery, **options)
+    # timm skips the rest of that epoch; our epoch is over with it.
+    assert [(update.epoch, update.step) for update in task.assignment_scheduler.history] == [
+        (1, BATCHES), (2, BATCHES + 2)]
+
+
+def test_a_checkpoint_is_validated_and_saved_under_the_same_assignment(tmp_path):
+    task = train(tmp_path, dl2pa_dim=3)
+    epochs = [load(tmp_path / f'checkpoint-{epoch}.pth.tar') for epoch in range(3)]
+    for checkpoint in epochs:
+        model = make_model(dl2pa_dim=3)
+        model.load_state_dict(checkpoint['state_dict'])
+        images, labels = next(batches(1000))
+        with torch.inference_mode():
+            assert utils.accuracy(model.eval()(images), labels)[0].item() == checkpoint['metric']
+    assert torch.equal(epochs[-1]['state_dict']['fc.assignment'], task.dl2pa_heads[0].assignment)
+
+
+def test_a_checkpoint_without_our_state_starts_the_class_means_anew(caplog):
+    task = ClassificationTask(make_model(dl2pa_dim=3), criterion=torch.nn.CrossEntropyLoss())
+    task.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], None)
+    assert 'class means and schedule start anew' in caplog.text
+
+
+# --- starting from files
+
+
+def test_pretrained_path_gives_a_new_head_on_the_files_backbone(tmp_path, caplog):
+    def start(path, **options):
+        caplog.clear()
+        overlay = dict(file=str(path), num_classes=-1)
+        model = make_model(pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        return model, warnings
+
+    plain = make_model()
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    old = make_model(dl2pa_dim=3)
+    old.get_classifier().assign(torch.tensor([1, 0, 2, 4, 3]))
+    with torch.no_grad():
+        old.get_classifier().neck.weight.fill_(0.5)
+        old.conv1[0].weight.fill_(0.25)
+    torch.save(old.state_dict(), tmp_path / 'old.pth')
+
+    model, warnings = start(tmp_path / 'plain.pth', dl2pa_dim=3)
+    assert torch.equal(model.conv1[0].weight, plain.conv1[0].weight) and not warnings
+    for dim, fits in ((3, True), (4, False)):
+        model, warnings = start(tmp_path / 'old.pth', dl2pa_dim=dim)
+        head = model.get_classifier()
+        assert (model.conv1[0].weight == 0.25).all()
+        assert (head.neck.weight == 0.5).all() == fits
+        assert head.assignment.tolist() == list(range(CLASSES))
+        assert len(warnings) == 1 and ('does not fit' in warnings[0]) != fits
+        assert model.pretrained_cfg['file'] == str(tmp_path / 'old.pth') and not model.pretrained_cfg['state_dict']
+
+
+def test_checkpoint_path_loads_whole_or_is_refused(tmp_path):
+    old = make_model(dl2pa_dim=3)
+    old.get_classifier().assign(torch.tensor([1, 0, 2, 4, 3]))
+    torch.save(old.state_dict(), tmp_path / 'old.pth')
+    path = str(tmp_path / 'old.pth')
+    assert make_model(dl2pa_dim=3, checkpoint_path=path).get_classifier().assignment.tolist() == [1, 0, 2, 4, 3]
+    with pytest.raises(RuntimeError, match=r'fc\..*has the shape .* but this head, with num_classes=5.*dim=4'):
+        make_model(dl2pa_dim=4, checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=r'fc\..*has the shape .* but this head, with num_classes=6'):
+        timm.create_model('test_resnet', num_classes=6, dl2pa_dim=3, checkpoint_path=path)
+
+
+# --- two processes
+
+
+DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, lr=0.0)  # no batch norm, no step: samples alone matter
+
+
+def in_process(rank, port, folder):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    answers = {}
+    with plugged_in():
+        for name, options in (
+                ('epoch', dict(dl2pa_loss='squared_cosine')),
+                ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
+                ('no validation', dict(validate=False)),
+                ('batch norm', dict(name='test_resnet', img_size=None, dl2pa_neck='linear_bn', lr=0.05)),
+        ):
+            task = train(f'{folder}/{name}', **{**DISTRIBUTED, **options})
+            model = task.get_eval_model().module if name == 'batch norm' else None
+            if model is not None:
+                utils.distribute_bn(task.get_trainable_module(), 2, True)
+                answers['necks agree'] = model.get_classifier().neck[1].running_mean.tolist()
+            answers[name] = (task.dl2pa_heads[0].assignment.tolist(),
+                             [(update.step, update.moved) for update in task.assignment_scheduler.history])
+        with suppress(Killed):
+            train(f'{folder}/killed', die_after=BATCHES + 2, recovery_interval=2, **DISTRIBUTED)
+        if rank == 0:
+            answers['recovery'] = load(f'{folder}/killed/recovery-1-1.pth.tar')['task_state']['dl2pa']['scheduler']
+        task = train(f'{folder}/resumed', resume=f'{folder}/epoch/checkpoint-1.pth.tar', dl2pa_loss='squared_cosine',
+                     **DISTRIBUTED)
+        answers['resumed'] = task.dl2pa_heads[0].assignment.tolist()
+
+        # An error where the solving is done ends all processes with that error.
+        def poison(images, labels):
+            return images * float('nan') if rank == 1 else images, labels
+
+        try:
+            train(f'{folder}/error', mixup=poison, **DISTRIBUTED)
+        except ValueError as error:
+            answers['error'] = str(error)
+    torch.save(answers, f'{folder}/{rank}.pt')
+    dist.barrier()
+    os._exit(0)  # torch's gloo threads now and then abort the process while it is torn down
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_process, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    for name in ('epoch', 'batches', 'no validation', 'batch norm', 'resumed'):
+        assert first[name] == second[name]
+
+    # One process with the same samples comes to the same assignments, and sums up the same class means.
+    for name, options in (('epoch', {}), ('batches', dict(dl2pa_interval=3)), ('no validation', dict(validate=False))):
+        task = train(tmp_path / f'alone {name}', **{**DISTRIBUTED, **options})
+        history = [(update.step, update.moved) for update in task.assignment_scheduler.history]
+        assert first[name] == (task.dl2pa_heads[0].assignment.tolist(), history)
+        assert any(moved for _, moved in history)
+        alone, together = (load(tmp_path / folder / 'last.pth.tar')['task_state']['dl2pa']['scheduler']
+                           for folder in (f'alone {name}', name))
+        assert torch.allclose(alone['sums'], together['sums'], atol=1e-4) and alone['sums'].abs().sum() > 1
+    assert first['resumed'] == first['epoch'][0]
+    with pytest.raises(Killed):
+        train(tmp_path / 'alone killed', die_after=BATCHES + 2, recovery_interval=2, **DISTRIBUTED)
+    alone = load(tmp_path / 'alone killed' / 'recovery-1-1.pth.tar')['task_state']['dl2pa']['scheduler']
+    assert torch.allclose(alone['sums'], first['recovery']['sums'], atol=1e-4)
+    assert first['error'] == second['error'] and 'not finite' in first['error']
+
+
+def test_the_device_ids_of_a_cpu_are_left_out():
+    """What timm's script passes, DistributedDataParallel refuses; on another device they are passed on."""
+    seen = []
+
+    class Base(TrainingTask):
+        def __init__(self, model, criterion=None, device=None):
+            super().__init__(device=device)
+            self.trainable_module, self.criterion = model, criterion
+
+        def prepare_distributed(self, device_ids=None, **kwargs):
+            seen.append((device_ids, kwargs))
+            return self
+
+    task = Base(make_model(dl2pa_dim=3), device=DEVICE)
+    task.prepare_distributed(device_ids=[DEVICE], broadcast_buffers=False)
+    task.device = torch.device('cuda', 0)
+    task.prepare_distributed(device_ids=[0])
+    assert seen == [(None, {'broadcast_buffers': False}), ([0], {})]
