@@ -27,6 +27,15 @@ def head_step(record: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def train_step(record: dict[str, Any]) -> str:
+    rows = [[f'{r["model"]}, {r["num_classes"]:,}, {r["dim"]}', *(f'{r[f"{name}_ms"]:,.0f} ms' for name in
+             ('linear', 'criterion', 'squared_cosine')), f'{r["criterion_over_linear"]:.3f}',
+             f'{r["squared_cosine_over_linear"]:.3f}', f'{100 * r["squared_cosine_tracking_share"]:.3f} %']
+            for r in record['results']]
+    return table(['model, C, d', 'linear', 'ours, cross-entropy', 'ours, `squared_cosine`', 'ratio, cross-entropy',
+                  'ratio, `squared_cosine`', 'tracking'], rows)
+
+
 def prototypes(record: dict[str, Any]) -> str:
     rows = [[f'{r["num_prototypes"]:,}, {r["dim"]}', f'{r["energy"]:.5f}', f'{r["published_energy"]:.5f}',
              f'{r["max_cosine"]:.3f}', f'{r["published_max_cosine"]:.3f}', f'{r["seconds_one_core"]:.1f} s']
@@ -55,7 +64,7 @@ def main() -> int:
     args = parser.parse_args()
     readme = ROOT / 'README.md'
     old = new = readme.read_text()
-    for make in (head_step, prototypes, demo, demo_seeds):
+    for make in (head_step, train_step, prototypes, demo, demo_seeds):
         name = make.__name__
         record = json.loads((ROOT / 'benchmarks' / 'results' / f'{name}.json').read_text())
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)

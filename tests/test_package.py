@@ -50,7 +50,8 @@ def test_command(command):
         command = [str(Path(sys.executable).parent / 'timm-dl2pa')]
     out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
     assert out.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
-    assert 'demo' in subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
+    assert all(name in commands for name in ('demo', 'run', 'inspect'))
 
 
 def test_ci_runs_the_readmes_commands():
@@ -62,6 +63,15 @@ def test_ci_runs_the_readmes_commands():
 def test_readme_tables_are_those_of_the_results():
     script = ROOT / 'benchmarks' / 'readme_tables.py'
     subprocess.run([sys.executable, str(script), '--check'], check=True, cwd=ROOT)
+
+
+@pytest.mark.timm
+def test_readme_has_every_option_of_the_plugin():
+    from dataclasses import fields
+
+    from timm_dl2pa.training import PluginOptions
+    readme = (ROOT / 'README.md').read_text()
+    assert all(f'`dl2pa_{option.name}`' in readme for option in fields(PluginOptions))
 
 
 @pytest.mark.timm

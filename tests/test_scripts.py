@@ -354,7 +354,7 @@ def test_other_scripts(training):
          'cpu', '-j', '1', '-b', '8', '--topk', '2', '--results-dir', str(training.folder), '--results-format', 'csv'])
     assert list(training.folder.glob('*.csv'))
     said = run([*start, f'{REPO}/benchmark.py', '--model', 'test_resnet', '--bench', 'both', '--device', 'cpu',
-                '-b', '4', '--num-classes', str(CLASSES), '--img-size', '32', '--num-bench-iter', '2',
+                '-b', '4', '--num-classes', str(CLASSES), '--img-size', '32', '--num-bench-iter', '10',
                 '--num-warm-iter', '1'])
     assert 'train_samples_per_sec' in said
     said = run([*start, f'{REPO}/train.py', '--help'])
