@@ -126,5 +126,5 @@ def train(
             utils.update_summary(epoch, {'loss': loss.item()}, metrics, filename=str(Path(folder) / 'summary.csv'),
                                  write_header=header, log_wandb=log_wandb)
             header = False
-            saver.save_checkpoint(epoch, metric=metrics['top1'] if metrics else None)
+            saver.save_checkpoint(epoch, metric=metrics['top1'] if metrics else loss.item())
     return task
