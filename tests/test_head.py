@@ -253,13 +253,19 @@ def test_strict_loading_of_a_foreign_model_reports_as_torch_does(make_head):
     lambda head: torch.load(io.BytesIO(saved(head)), weights_only=False),
 ])
 def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copied):
-    head = make_head()
+    head, modes = make_head(), []
     scheduler = AssignmentScheduler(head)
+    head.mode_observer = modes.append
     head.assign(torch.randperm(7, generator=generator))
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
     assert twin.observer is None and head.observer is not None
     twin(x)
+    twin.eval()
+    assert modes == []
+    head.eval()
+    assert modes == [False]
+    head.train()
     with pytest.raises(RuntimeError, match='no embeddings'):
         scheduler.step(torch.zeros(3, dtype=torch.long))
     twin.assign(torch.arange(7))
