@@ -33,6 +33,7 @@ def test_round_trip_to_the_bit(model, tmp_path, monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
     x = torch.randn(3, 3, 32, 32)
     assert torch.equal(again(x), model(x)) and not again.training
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in again.parameters())
     assert again.label_names == list('abcde') and again.fc.config == model.fc.config
     assert prototypes_room.make_prototypes is not no_optimisation
 

@@ -100,7 +100,8 @@ def load_model(folder: str | os.PathLike, device: torch.device | str = 'cpu') ->
             raise FileNotFoundError(f'{folder} has no {name}: it is not a folder that save_model wrote.')
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-        tensors = load_file(folder / WEIGHTS_NAME)
+        # Copies: the file's tensors are views at any offset, and the kernels for unaligned weights round differently.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_NAME).items()}
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'{folder} is damaged: {error}') from error
     _check_config(config, folder)
