@@ -1,6 +1,8 @@
-"""Prototypes beside the authors' published ones: uniformity energy, largest cosine, seconds on one core.
+"""Prototypes by every method, beside the proven bound, the authors' recipe and their published files.
 
-    python benchmarks/prototypes.py
+    python benchmarks/prototypes.py                      # the table of small sizes, one core
+    python benchmarks/prototypes.py --large              # thousands to a million points, all cores
+    python benchmarks/prototypes.py --gpu                # descent at (21841, 128) and (21841, 256)
 """
 import argparse
 import time
@@ -10,7 +12,7 @@ from results_file import write_results
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from timm_dl2pa import make_prototypes, uniformity
+from timm_dl2pa import make_prototypes, prototype_quality
 
 # (K, d): energy and largest cosine of the authors' files, as measured from them.
 PUBLISHED = {
@@ -24,30 +26,60 @@ PUBLISHED = {
     (200, 100): (-4.00481, 0.1995),
     (1000, 512): (-3.99300, 0.1564),
 }
+OPTIMAL = [(12, 3), (24, 3), (24, 4), (16, 5), (27, 6), (56, 7), (240, 8)]
+LARGE = [(4224, 64), (66048, 256), (21841, 128), (21841, 384), (21841, 512), (100_000, 512), (1_000_000, 1024)]
 
 
-def max_cosine(points: torch.Tensor) -> float:
-    cosines = points.double() @ points.double().t()
-    return cosines.fill_diagonal_(-1).max().item()
+def measure(num: int, dim: int, **options) -> dict:
+    """One row: what was made, how good it is, what it took."""
+    began = time.perf_counter()
+    points, info = make_prototypes(num, dim, return_info=True, cache=False, **options)
+    seconds = time.perf_counter() - began
+    # Two cores compare all pairs of a hundred thousand points in minutes.
+    quality = prototype_quality(points, max_work=2e13)
+    row = {
+        'num_prototypes': num, 'dim': dim, **options, 'made_by': info.method, 'theorem': info.theorem,
+        'max_cosine': round(quality.max_cosine, 8), 'sampled_rows': quality.sampled_rows if quality.sampled else None,
+        'mean_nearest_cosine': round(quality.mean_nearest_cosine, 6), 'energy': round(quality.energy, 6),
+        'bound': round(quality.bound, 8), 'mean_norm': float(f'{quality.mean_norm:.1e}'), 'seconds': round(seconds, 2)}
+    if (num, dim) in PUBLISHED:
+        row['published_energy'], row['published_max_cosine'] = PUBLISHED[num, dim]
+    return row
+
+
+def plan(large: bool, gpu: bool) -> list[tuple]:
+    if gpu:
+        return [(21841, dim, dict(objective=objective, method='optimise', device='cuda'))
+                for dim in (128, 256) for objective in ('uniform', 'separated')]
+    if large:
+        options = [dict(objective=objective) for objective in ('uniform', 'separated')]
+        options.append(dict(objective='uniform', method='cross_polytopes'))
+        return [(*size, each) for size in LARGE for each in options
+                if size[0] < 10 ** 6 or each.get('method') is None]
+    rows = [(*size, dict(objective=objective)) for size in PUBLISHED for objective in ('uniform', 'separated')]
+    rows += [(*size, dict(objective='uniform', method='sgd')) for size in PUBLISHED]
+    rows += [(*size, dict(objective='separated')) for size in OPTIMAL]
+    # More work where one ration leaves something to be found.
+    rows += [(*size, dict(objective='separated', effort=6.0)) for size in ((100, 32), (200, 50))]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--large', action='store_true')
+    parser.add_argument('--gpu', action='store_true')
     args = parser.parse_args()
+    threads = torch.get_num_threads() if args.large or args.gpu else 1
+    torch.set_num_threads(threads)
     results = []
-    for (num, dim), (energy, cosine) in tqdm(PUBLISHED.items(), unit='size'):
-        with threadpool_limits(1):
-            began = time.perf_counter()
-            points = make_prototypes(num, dim, seed=args.seed)
-            seconds = time.perf_counter() - began
-        results.append({
-            'num_prototypes': num, 'dim': dim, 'energy': round(uniformity(points), 6),
-            'max_cosine': round(max_cosine(points), 4), 'seconds_one_core': round(seconds, 2),
-            'published_energy': energy, 'published_max_cosine': cosine})
-    for result in results:
-        print(result)
-    print(write_results('prototypes', vars(args), results))
+    with threadpool_limits(threads):
+        for num, dim, options in tqdm(plan(args.large, args.gpu), unit='set'):
+            results.append(measure(num, dim, seed=args.seed, **options))
+            tqdm.write(str(results[-1]))
+            name = 'prototypes' + ('_large' if args.large else '_gpu' if args.gpu else '')
+            path = write_results(name, vars(args), results)
+    print(path)
 
 
 if __name__ == '__main__':

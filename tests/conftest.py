@@ -1,3 +1,8 @@
+import os
+
+# Tests neither read nor fill the user's cache of prototypes. Before the package is imported, and for subprocesses too.
+os.environ['TIMM_DL2PA_CACHE'] = 'off'
+
 import pytest
 import torch
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_dl2pa import make_prototypes, uniformity
+from timm_dl2pa import make_prototypes, prototype_quality, uniformity
 from timm_dl2pa.prototypes import check_prototypes
 
 # (K, d): the energy of the prototypes that the authors published, measured from their files.
@@ -42,6 +42,26 @@ def test_energy_at_most_the_published(size, seed):
     assert reference.uniformity(points.numpy()) <= PUBLISHED[size]
 
 
+@pytest.mark.parametrize('size', [(6, 4), (10, 8), (50, 40), (100, 84), (12, 6)])
+def test_simplices_are_the_best_with_no_positive_cosine(size):
+    num, dim = size
+    points, info = make_prototypes(*size, objective='separated', seed=3, return_info=True)
+    assert info.method == 'simplices' and info.theorem == 0
+    assert abs(cosines_off_diagonal(points).max()) < 1e-6 and points.double().mean(dim=0).norm() < 1e-7
+    # Among orthogonal sums of K - d simplices: no other partition of the points has less energy.
+    def energy(sizes):
+        return sum(k * (k - 1) / 2 * (np.exp(-4 / (k - 1)) - 1) for k in sizes)
+    parts = num - dim
+    mine = energy([2] * (parts - 1) + [num - 2 * (parts - 1)])
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        others = 2 + np.bincount(generator.integers(0, parts, num - 2 * parts), minlength=parts)
+        assert mine <= energy(others) + 1e-12
+    pairs = num * (num - 1) / 2
+    assert uniformity(points) == pytest.approx(np.log(np.exp(-4) * (1 + mine / pairs)), abs=1e-6)
+    assert prototype_quality(make_prototypes(*size)).energy <= uniformity(points) + 1e-6
+
+
 @pytest.mark.parametrize('size', [(30, 6), (100, 84)])
 def test_is_a_minimum(size):
     """A random small move of all points never lowers the energy by more than second order allows."""
@@ -64,7 +84,7 @@ def test_uniformity_is_the_papers(num, dim, seed):
 def test_blocks_give_the_same_energy(monkeypatch):
     points = make_prototypes(57, 5).numpy()
     whole = uniformity(points)
-    monkeypatch.setattr('timm_dl2pa.prototypes.uniform._BLOCK_ENTRIES', 57 * 10)
+    monkeypatch.setattr('timm_dl2pa.prototypes.energy._BLOCK_ENTRIES', 57 * 10)
     assert uniformity(points) == pytest.approx(whole, rel=1e-12)
 
 
@@ -90,7 +110,8 @@ def test_ignores_default_dtype_and_device():
 
 def test_many_points_in_seconds():
     """Far beyond what is optimised: unit, distinct, balanced, and no (K, K) matrix (which would be 80 GB)."""
-    points = make_prototypes(100_000, 16)
+    points, info = make_prototypes(100_000, 16, return_info=True)
+    assert info.method == 'cross_polytopes'
     assert points.norm(dim=1).sub(1).abs().max() < 1e-6
     assert points.mean(dim=0).abs().max() < 1e-3
     assert len(torch.unique(points, dim=0)) == 100_000
@@ -101,6 +122,20 @@ def test_many_points_in_seconds():
 def test_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_prototypes(*arguments)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(objective='even'), "objective must be one of uniform, separated, not 'even'"),
+    (dict(method='lattice'), "method must be one of auto, .*not 'lattice'"),
+    (dict(method='simplex'), "method='simplex' needs num_prototypes <= dim \\+ 1, not num_prototypes=50 in dim=4"),
+    (dict(method='polygon'), 'needs dim=2'),
+    (dict(method='simplices'), 'needs dim \\+ 2 <='),
+    (dict(method='kerdock'), "method='kerdock' has no code with num_prototypes=50 in dim=4"),
+    (dict(effort=0), 'effort must be positive'),
+])
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_prototypes(50, 4, **options)
 
 
 def test_check_prototypes_names_the_row():

@@ -5,7 +5,14 @@ from .head import DL2PAConfig, DL2PAHead, default_scale
 from .hub import load_model, save_model
 from .losses import DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
-from .prototypes import make_prototypes, uniformity
+from .prototypes import (
+    load_prototypes,
+    make_prototypes,
+    max_cosine_lower_bound,
+    prototype_quality,
+    save_prototypes,
+    uniformity,
+)
 from .scheduler import AssignmentScheduler, AssignmentUpdate
 
 __version__ = '0.1.0'
@@ -21,8 +28,12 @@ __all__ = [
     'SquaredCosineLoss',
     'default_scale',
     'load_model',
+    'load_prototypes',
     'make_prototypes',
+    'max_cosine_lower_bound',
+    'prototype_quality',
     'save_model',
+    'save_prototypes',
     'solve_assignment',
     'uniformity',
     'wrap_dl2pa',

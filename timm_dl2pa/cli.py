@@ -43,6 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument('checkpoint', metavar='CHECKPOINT')
     inspect.add_argument('--all', action='store_true', dest='all_classes', help='list the margins of all classes')
 
+    prototypes = commands.add_parser(
+        'prototypes',
+        help='make prototypes, and measure them beside what the sphere allows',
+        description="Makes K prototypes in d dimensions and prints their quality beside the proven bound and the "
+                    "authors' recipe. The file serves as `prototypes=` of wrap_dl2pa and as --dl2pa-prototypes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    prototypes.add_argument('-k', dest='num_prototypes', type=int, required=True, metavar='K', help='how many')
+    prototypes.add_argument('-d', dest='dim', type=int, required=True, metavar='D', help='dimensions')
+    prototypes.add_argument('--objective', default='uniform', metavar='NAME',
+                            help="'uniform', the paper's energy, or 'separated', the smallest maximal cosine")
+    prototypes.add_argument('--method', default='auto', metavar='NAME',
+                            help='auto, simplex, polygon, simplices, kerdock, bch, weil, cross_polytopes, optimise '
+                                 'or sgd')
+    prototypes.add_argument('--seed', type=int, default=0, metavar='N')
+    prototypes.add_argument('--effort', type=float, default=1.0, metavar='X',
+                            help='factor on the work that optimise may do')
+    prototypes.add_argument('--device', default='cpu', metavar='DEVICE', help='where optimise computes')
+    prototypes.add_argument('--out', metavar='FILE', help='write the points to this safetensors file')
+    prototypes.add_argument('--plot', metavar='FILE', help='draw a picture (needs matplotlib)')
+    prototypes.add_argument('--no-recipe', action='store_false', dest='recipe',
+                            help="leave the authors' recipe out, which takes seconds to minutes")
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ['run']:
         # Its options may stand anywhere among the script's, which argparse's subcommands do not know.
@@ -50,7 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_script(arguments[1:])
         return 0
     options = vars(parser.parse_args(arguments))
-    if options.pop('command') == 'inspect':
+    command = options.pop('command')
+    if command == 'prototypes':
+        from .prototypes.report import report_prototypes
+        try:
+            for line in report_prototypes(**options):
+                print(line, flush=True)
+        except ModuleNotFoundError as error:
+            prototypes.exit(2, f'timm-dl2pa prototypes --plot needs {error.name}: pip install "timm-dl2pa[demo]"\n')
+        except (ValueError, OSError, RuntimeError) as error:
+            prototypes.exit(2, f'timm-dl2pa prototypes: {error}\n')
+        return 0
+    if command == 'inspect':
         from .training.inspection import inspect_checkpoint
         try:
             for line in inspect_checkpoint(options['checkpoint'], options['all_classes']):

@@ -1,5 +1,6 @@
 """DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from .assignment import check_assignment, restore_whole_numbers
-from .prototypes import check_prototypes, make_prototypes, unit_rows
+from .prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 
 __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
 
@@ -119,7 +120,8 @@ class DL2PAHead(nn.Module):
         num_classes: C, at least 2.
         dim: d, which may be far smaller than C.
         num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
-        prototypes: (K, d) unit rows of your own. Default: `make_prototypes(num_prototypes, dim, seed=seed)`.
+        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default:
+            `make_prototypes(num_prototypes, dim, seed=seed)`.
         neck: 'linear', 'linear_bn', or 'none', which needs `dim == in_features`.
         scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace.
         learn_scale: Make the scale a parameter, in the log domain so that it stays positive.
@@ -143,7 +145,7 @@ class DL2PAHead(nn.Module):
             dim: int,
             *,
             num_prototypes: int | None = None,
-            prototypes: torch.Tensor | None = None,
+            prototypes: torch.Tensor | str | os.PathLike | None = None,
             neck: str = 'linear',
             scale: float | None = None,
             learn_scale: bool = False,
@@ -154,6 +156,8 @@ class DL2PAHead(nn.Module):
     ):
         super().__init__()
         if prototypes is not None:
+            if isinstance(prototypes, (str, os.PathLike)):
+                prototypes = load_prototypes(prototypes)
             prototypes = torch.as_tensor(prototypes).detach()
             check_prototypes(prototypes, num_classes)
             prototypes = unit_rows(prototypes)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .head import DL2PAConfig, DL2PAHead
 from .models import replace_classifiers
+from .prototypes.files import replace_file
 
 __all__ = ['load_model', 'save_model']
 
@@ -75,8 +76,8 @@ def save_model(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={'format': 'pt'}))
-    _replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding='utf-8'))
+    replace_file(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={'format': 'pt'}))
+    replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding='utf-8'))
     return folder
 
 
@@ -169,13 +170,3 @@ def _check_config(config: Any, folder: Path) -> None:
     unknown = config['head'].keys() ^ {field.name for field in fields(DL2PAConfig)}
     if unknown:
         raise ValueError(f"{where}: 'head' lacks, or does not know, {', '.join(sorted(unknown))}.")
-
-
-def _replace_file(path: Path, write) -> None:
-    """Write a file beside `path` and move it there when it is complete."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

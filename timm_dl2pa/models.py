@@ -1,4 +1,5 @@
 """wrap_dl2pa: a timm model with its classifier replaced."""
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -70,7 +71,7 @@ def wrap_dl2pa(
         *,
         num_classes: int | None = None,
         num_prototypes: int | None = None,
-        prototypes: torch.Tensor | None = None,
+        prototypes: torch.Tensor | str | os.PathLike | None = None,
         neck: str = 'linear',
         scale: float | None = None,
         learn_scale: bool = False,
@@ -88,7 +89,7 @@ def wrap_dl2pa(
         dim: d, the dimension of the embeddings, which may be far smaller than the number of classes.
         num_classes: C. Default: the model's.
         num_prototypes: K >= C. Default: C.
-        prototypes: (K, d) unit rows of your own. Default: made by `make_prototypes`.
+        prototypes: (K, d) unit rows of your own, or a safetensors file of them. Default: made by `make_prototypes`.
         neck: 'linear', 'linear_bn' (batch norm after it), or 'none' where the features already have d dimensions.
         scale: Factor on the cosines in the logits. Default: by the number of classes, see `default_scale`.
         learn_scale: Make the scale a parameter.

@@ -1,4 +1,4 @@
-"""Prototype sets that mathematics gives outright: the regular simplex and the regular polygon."""
+"""Prototype sets that mathematics gives outright: simplices, their orthogonal sums, and the regular polygon."""
 import numpy as np
 
 
@@ -27,6 +27,22 @@ def regular_simplex(num_points: int, dim: int, seed: int) -> np.ndarray:
         corners[i, i] = np.sqrt(max(0.0, 1.0 - corners[i, :i] @ corners[i, :i]))
         corners[i + 1:, i] = (-1.0 / span - corners[i, :i] @ corners[i, :i]) / corners[i, i]
     return corners @ random_frame(span, dim, np.random.default_rng(seed))
+
+
+def orthogonal_simplices(num_points: int, dim: int, seed: int) -> np.ndarray:
+    """Return d + 2 <= K <= 2 d unit rows (K, d), float64, with no positive cosine, in a random orientation.
+
+    Beyond d + 1 points 0 is the smallest maximal cosine (Rankin 1955), and the sets that have it are orthogonal sums of
+    at least K - d parts. With exactly K - d parts each is a simplex, and of those sums this one has the lowest
+    uniformity: K - d - 1 pairs of opposite points, and one simplex of the rest. (A simplex of k points adds g(k) =
+    k (k - 1) / 2 (exp(-4 / (k - 1)) - 1) to the sum that orthogonal points would have; g is concave from 2 on, so that
+    unequal sizes are best.) At K = 2 d it is the cross-polytope. The mean is zero.
+    """
+    pairs = num_points - dim - 1
+    generator = np.random.default_rng(seed)
+    frame = random_frame(dim, dim, generator)
+    simplex = regular_simplex(num_points - 2 * pairs, dim - pairs, int(generator.integers(2 ** 32)))
+    return np.concatenate([frame[:pairs], -frame[:pairs], simplex @ frame[pairs:]])
 
 
 def regular_polygon(num_points: int, seed: int) -> np.ndarray:

@@ -24,6 +24,8 @@ class PluginOptions:
     """
     dim: int = _option(128, (int,), 'd, the dimension of the embeddings (default: 128)')
     num_prototypes: int | None = _option(None, (int,), 'K, at least the number of classes (default: that number)')
+    prototypes: str | None = _option(None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa prototypes --out` '
+                                                   'writes it (default: made with the seed)')
     neck: str = _option('linear', (str,), f'one of {", ".join(NECKS)} (default: linear)')
     scale: float | None = _option(None, (int, float), 'factor on the cosines in the logits (default: by the number of '
                                                       'classes)')
@@ -71,5 +73,5 @@ class PluginOptions:
 
     def head_arguments(self) -> dict[str, Any]:
         """Return those that `wrap_dl2pa` takes."""
-        names = ('dim', 'num_prototypes', 'neck', 'scale', 'learn_scale', 'seed')
+        names = ('dim', 'num_prototypes', 'prototypes', 'neck', 'scale', 'learn_scale', 'seed')
         return {name: getattr(self, name) for name in names}
