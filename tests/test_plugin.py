@@ -25,7 +25,14 @@ from timm.task import (
     TrainingTask,
 )
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, DotRegressionLoss, SquaredCosineLoss
+from timm_dl2pa import (
+    AssignmentScheduler,
+    DL2PAHead,
+    DotRegressionLoss,
+    SquaredCosineLoss,
+    make_prototypes,
+    save_prototypes,
+)
 from timm_dl2pa.training import PluginOptions, install, plugged_in, uninstall
 
 pytestmark = pytest.mark.timm
@@ -71,6 +78,13 @@ def test_create_model_takes_the_options():
     assert (config.dim, config.num_prototypes, config.neck, config.scale, config.seed) == (3, 8, 'linear_bn', 7, 5)
     assert make_model(dl2pa_loss='squared_cosine').get_classifier().dim == 128
     assert isinstance(make_model(dl2pa_dim=None).get_classifier(), torch.nn.Linear)
+
+
+def test_prototypes_from_a_file(tmp_path):
+    points = make_prototypes(CLASSES, 4, seed=9)
+    save_prototypes(tmp_path / 'points.safetensors', points)
+    head = make_model(dl2pa_dim=4, dl2pa_prototypes=str(tmp_path / 'points.safetensors')).get_classifier()
+    assert torch.equal(head.prototypes, points)
 
 
 @pytest.mark.parametrize('options, reason', [
