@@ -42,7 +42,8 @@ def orthogonal_simplices(num_points: int, dim: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     frame = random_frame(dim, dim, generator)
     simplex = regular_simplex(num_points - 2 * pairs, dim - pairs, int(generator.integers(2 ** 32)))
-    return np.concatenate([frame[:pairs], -frame[:pairs], simplex @ frame[pairs:]])
+    # In random order: the first assignment, class c to point c, says nothing about the classes.
+    return generator.permutation(np.concatenate([frame[:pairs], -frame[:pairs], simplex @ frame[pairs:]]))
 
 
 def regular_polygon(num_points: int, seed: int) -> np.ndarray:

@@ -50,10 +50,12 @@ def cross_polytopes(num_points: int, dim: int, seed: int, dtype: type = np.float
     """
     generator = np.random.default_rng(seed)
     points = np.empty((num_points, dim), dtype)
+    # In random order: the first assignment, class c to point c, says nothing about the classes.
+    place = generator.permutation(num_points)
     for first in range(0, num_points, 2 * dim):
         wanted = min(2 * dim, num_points - first)
         basis = random_frame(min(dim, (wanted + 1) // 2), dim, generator)
-        points[first:first + wanted] = np.concatenate([basis, -basis])[:wanted]
+        points[place[first:first + wanted]] = np.concatenate([basis, -basis])[:wanted]
     return points
 
 
