@@ -62,8 +62,6 @@ def plan(large: bool, gpu: bool) -> list[tuple]:
     rows = [(*size, dict(objective=objective)) for size in PUBLISHED for objective in ('uniform', 'separated')]
     rows += [(*size, dict(objective='uniform', method='sgd')) for size in PUBLISHED]
     rows += [(*size, dict(objective='separated')) for size in OPTIMAL]
-    # More work where one ration leaves something to be found.
-    rows += [(*size, dict(objective='separated', effort=6.0)) for size in ((100, 32), (200, 50))]
     return rows
 
 

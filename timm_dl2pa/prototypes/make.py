@@ -19,6 +19,7 @@ __all__ = ['METHODS', 'PrototypeInfo', 'make_prototypes']
 METHODS = ('auto', 'simplex', 'polygon', 'simplices', *CODES, 'cross_polytopes', 'optimise', 'sgd')
 # Those that take long enough to be worth keeping.
 _KEPT = ('optimise', 'sgd')
+_CONVERGENCE = 1000
 # Multiply-adds that comparing may take, and making cross-polytopes for a comparison.
 _COMPARISON = 10 ** 11
 _CROSS_POLYTOPES = 10 ** 11
@@ -167,9 +168,12 @@ def _makers(
         tried[code.method] = code
         if objective == 'separated' and _is_optimal(code, num_points, dim):
             return tried
-    if affordable_evaluations(num_points, dim, effort, device) >= _FEW_EVALUATIONS:
+    # What the simplices leave to be gained takes descent that converges.
+    needed = _CONVERGENCE if 'simplices' in tried else _FEW_EVALUATIONS
+    if affordable_evaluations(num_points, dim, effort, device) >= needed:
         tried['optimise'] = None
-    elif not tried or (objective == 'uniform' and code.dim < dim and num_points * dim * dim < _CROSS_POLYTOPES):
+    elif not tried or (objective == 'uniform' and 'simplices' not in tried and code.dim < dim
+                       and num_points * dim * dim < _CROSS_POLYTOPES):
         # Unlike the code they use all dimensions.
         tried['cross_polytopes'] = None
     return tried

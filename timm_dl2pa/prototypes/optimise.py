@@ -24,11 +24,12 @@ _GPU = 100
 _FEW_EVALUATIONS = 100
 # Schedules of inverse temperatures for 'separated', and iterations at each: one for every start, one for the best few.
 _COARSE, _COARSE_ITERATIONS = np.geomspace(8, 1e3, 12), 100
-_FINE, _FINE_ITERATIONS = np.geomspace(8, 1e7, 56), 1000
-_REFINED = 2
+_FINE, _FINE_ITERATIONS = np.geomspace(8, 1e7, 56), 400
+_REFINED = 5
 _MOST_STARTS = 300
 # A coarse fall that ends so close to the proven bound will reach it.
 _NEAR_BOUND = 2e-3
+_ROUNDING = 1e-9
 _HIGHEST_ORDER = 60
 
 
@@ -126,9 +127,10 @@ def optimise(
     found.sort(key=descend.max_cosine)
     # A start that was given may be better than anything near it at a higher temperature.
     best = min([*(start.points() for start in starts), *found], key=descend.max_cosine)
-    refined = found[:_REFINED]
-    for index, points in enumerate(refined):
-        iterations = int(np.clip(budget.left // (len(refined) - index) // len(_FINE), 2, _FINE_ITERATIONS))
+    iterations = int(np.clip(budget.left // 2 // len(_FINE), 2, _FINE_ITERATIONS))
+    for points in found[:max(2, int(_REFINED * effort))]:
+        if budget.left <= 0 or descend.max_cosine(best) < bound + _ROUNDING:
+            break
         best = min(best, fall(_Orbits(points), _FINE, iterations), key=descend.max_cosine)
     report(1.0)
     return best / np.linalg.norm(best, axis=1, keepdims=True)
