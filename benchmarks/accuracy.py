@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py --method dl2pa --dim 8 --epochs 3                       # a smoke run on digits
     python benchmarks/readme_tables.py                                                    # the tables
 
-Data: `--data-dir` (ImageFolder: train/, validation/), `--arrays` (a folder of npz files), or else scikit-learn's digits.
+Data: `--data-dir` (ImageFolder: train/, validation/), `--arrays` (a folder of npz files), or scikit-learn's digits.
 `--validation` trains on nine tenths of the training images and tests on the last tenth: choose there, never on test
 images. A run whose file is complete is not run again; one that was cut goes on from its last epoch.
 

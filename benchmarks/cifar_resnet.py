@@ -1,7 +1,7 @@
 """The ResNets for 32 x 32 images as timm models: depth 6n + 2, widths 16, 32, 64 (He et al. 2016, section 4.2).
 
-`cifar_resnet{8,14,20,32,44,56}` have option A's shortcuts, without parameters; with `shortcut='conv3x3'` a strided 3 x 3
-convolution takes their place where the width changes, as in the code of Hyperspherical Prototype Networks.
+`cifar_resnet{8,14,20,32,44,56}` have option A's shortcuts, without parameters; with `shortcut='conv3x3'` a strided
+3 x 3 convolution takes their place where the width changes, as in the code of Hyperspherical Prototype Networks.
 """
 import torch
 import torch.nn as nn

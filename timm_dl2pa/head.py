@@ -112,7 +112,9 @@ class DL2PAHead(nn.Module):
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
-    `eval()`: that is how a training task of timm's hears of epochs. Neither is copied, pickled or saved with the head.
+    `eval()`: that is how a training task of timm's hears of epochs. `warmup_vectors`, if set, are class vectors (C, d)
+    that stand in for the prototypes: during its warm-up an `AssignmentScheduler` sets them. None of the three is
+    copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -195,6 +197,7 @@ class DL2PAHead(nn.Module):
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
         self.observer: Callable[[torch.Tensor], None] | None = None
         self.mode_observer: Callable[[bool], None] | None = None
+        self.warmup_vectors: torch.Tensor | None = None
 
     @classmethod
     def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
@@ -246,9 +249,13 @@ class DL2PAHead(nn.Module):
             return z / length.masked_fill(length < _SHORTEST, math.inf)
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
+        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class.
+
+        During a warm-up they are those with the `warmup_vectors`.
+        """
+        vectors = self.class_prototypes if self.warmup_vectors is None else self.warmup_vectors
         with _in_float32(embeddings):
-            return embeddings.float() @ self.class_prototypes.t()
+            return embeddings.float() @ vectors.t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
@@ -268,16 +275,25 @@ class DL2PAHead(nn.Module):
         return self
 
     @torch.no_grad()
-    def assign(self, assignment: torch.Tensor) -> None:
+    def assign(self, assignment: torch.Tensor, prototypes: torch.Tensor | None = None) -> None:
         """Give each class c the prototype `assignment[c]`, in place.
 
         Args:
             assignment: (C,) whole numbers in 0..K-1, no two the same.
+            prototypes: (K, d) unit rows that take the place of the head's, which `align_prototypes` has rotated.
 
         Raises:
-            ValueError: It is not that. The assignment in force stays.
+            ValueError: They are not that. What was in force stays.
         """
         check_assignment(assignment, self.num_classes, len(self.prototypes))
+        if prototypes is not None:
+            check_prototypes(prototypes)
+            if prototypes.shape != self.prototypes.shape:
+                raise ValueError(f'prototypes must have the shape {tuple(self.prototypes.shape)}, '
+                                 f'not {tuple(prototypes.shape)}.')
+            self.prototypes.copy_(unit_rows(prototypes))
+            # The seed alone does not make them again.
+            self.config = replace(self.config, own_prototypes=True)
         self.assignment.copy_(assignment)
 
     def extra_repr(self) -> str:
@@ -289,7 +305,7 @@ class DL2PAHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
-        return dict(self.__dict__, observer=None, mode_observer=None)
+        return dict(self.__dict__, observer=None, mode_observer=None, warmup_vectors=None)
 
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.
