@@ -25,13 +25,15 @@ import argparse
 import json
 import math
 import os
+import resource
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,7 @@ class Recipe:
     imbalance: float | None = None
     mixup: float = 0.0
     classes: str = 'all'
+    start_from: str | None = None
     validation: bool = False
     image_size: int | None = None
     precision: str = 'bfloat16'
@@ -94,9 +97,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, known in (('method', METHODS), ('loss', LOSSES), ('schedule', (*SCHEDULES, 'cosine')),
-                            ('classes', ('all', 'first_half', 'fine_tuning')), ('precision', ('float32', 'bfloat16'))):
+                            ('classes', ('all', 'first_half', 'second_half')), ('precision', ('float32', 'bfloat16'))):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}.')
+        if self.start_from not in (None, 'first_half') or self.start_from == self.classes:
+            raise ValueError(f"start_from must be 'first_half' of other classes, not {self.start_from!r}.")
         if self.loss != 'cross_entropy' and self.method.endswith('softmax'):
             raise ValueError(f'{self.method} takes cross_entropy, not {self.loss}.')
 
@@ -211,6 +216,36 @@ class Run:
         self.epoch = 0
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
+        self.before_training: dict[str, float] | None = None
+
+    def start_from(self, backbone: dict[str, torch.Tensor]) -> None:
+        """Take over a trained backbone, and measure it before any training: by the nearest class mean in its own
+        features (Euclidean), and as the head classifies, primed if the method primes."""
+        missing, unexpected = self.model.load_state_dict(backbone, strict=False)
+        if unexpected or any(not name.startswith('fc.') for name in missing):
+            raise ValueError(f'the backbone does not fit: {missing + unexpected}.')
+        images, (train, test) = self.images, (self.features(x) for x in (self.images.x_train, self.images.x_test))
+        means = torch.zeros(images.num_classes, train.shape[1], device=self.device)
+        means.index_add_(0, images.y_train, train)
+        means /= torch.bincount(images.y_train, minlength=images.num_classes).unsqueeze(1)
+        if self.scheduler is not None:
+            loader = ((self.normalised(x), y) for x, y in zip(images.x_train.split(500), images.y_train.split(500)))
+            prime(self.model, loader, self.scheduler)
+        logits, _ = self.outputs(images.x_test)
+        self.before_training = {
+            'nearest_class_mean': round(metrics.top_k(-torch.cdist(test, means), images.y_test, 1), 3),
+            'top1': round(metrics.top_k(logits, images.y_test, 1), 3)}
+
+    @torch.no_grad()
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's features (N, F), float32, of uint8 images."""
+        self.model.eval()
+        found = []
+        for part in x.split(1000):
+            part = self.normalised(part).contiguous(memory_format=torch.channels_last)
+            with _autocast(self.recipe, self.device):
+                found.append(self.model.forward_head(self.model.forward_features(part), pre_logits=True).float())
+        return torch.cat(found)
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         return (images.float() - self.mean) / self.std
@@ -251,7 +286,7 @@ class Run:
             if self.rule is not None:
                 self.rule.step(labels)
             if self.scheduler is not None:
-                self.scheduler.step(labels)
+                self.scheduler.step(targets)
             loss_sum += loss.detach()
         if self.rule is not None and self.epoch + 1 < self.recipe.epochs:
             self.rule.resolve()
@@ -323,6 +358,7 @@ class Run:
         torch.save({
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'generator': self.generator.get_state(), 'epoch': self.epoch, 'seconds': self.seconds, 'curve': self.curve,
+            'before_training': self.before_training,
             'scheduler': self.scheduler and self.scheduler.state_dict(),
             'rule': self.rule and (self.rule.table, self.rule.moved)}, part)
         os.replace(part, path)
@@ -333,6 +369,7 @@ class Run:
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'].cpu())
         self.epoch, self.seconds, self.curve = state['epoch'], state['seconds'], state['curve']
+        self.before_training = state['before_training']
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state['scheduler'])
         if self.rule is not None:
@@ -345,18 +382,28 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
     if path.exists():
         return json.loads(path.read_text())
     checkpoint = path.with_suffix('.ckpt')
+    backbone = None
+    if recipe.start_from:
+        source = replace(Recipe(), method='softmax', dim=0, model=recipe.model, shortcut=recipe.shortcut,
+                         classes=recipe.start_from, validation=recipe.validation, seed=recipe.seed)
+        backbone = folder / f'{source.name()}.pt'
+        if not backbone.exists():
+            raise FileNotFoundError(f'{backbone} holds the backbone to start from: run --method softmax --dim 0 '
+                                    f'--classes {recipe.start_from} --seed {recipe.seed} first.')
     if recipe.validation:
         images = hold_out(images)
     held_out = None
-    if recipe.classes == 'first_half':
+    if recipe.classes != 'all':
         half = images.num_classes // 2
-        held_out = keep_classes(images, list(range(half, images.num_classes)))
-        images = keep_classes(images, list(range(half)))
+        halves = [keep_classes(images, list(numbers)) for numbers in (range(half), range(half, images.num_classes))]
+        images, held_out = halves if recipe.classes == 'first_half' else halves[::-1]
     if recipe.imbalance:
         images = long_tail(images, recipe.imbalance)
     run = Run(recipe, images, device)
     if checkpoint.exists():
         run.load(checkpoint)
+    elif backbone is not None:
+        run.start_from(torch.load(backbone, map_location=device, weights_only=True))
     bar = tqdm(range(run.epoch, recipe.epochs), recipe.name(), initial=run.epoch, total=recipe.epochs, unit='epoch')
     for _ in bar:
         run.train_epoch()
@@ -368,15 +415,21 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
         'environment': environment(),
         'results': {name: value if isinstance(value, dict) else round(value, 3)
                     for name, value in run.results(held_out).items()},
+        'before_training': run.before_training,
         'training_seconds': round(run.seconds, 1),
         'peak_gpu_mb': round(torch.cuda.max_memory_allocated() / 2 ** 20) if device.type == 'cuda' else None,
+        'peak_memory_mb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10),
         'moved': run.moved(),
         'curve': run.curve,
     }
     part = path.with_suffix('.json.part')
     part.write_text(json.dumps(record, indent=1) + '\n')
+    if recipe.classes == 'first_half' and recipe.method == 'softmax' and recipe.dim == 0:
+        # What runs with --start-from begin with. Not kept in the repository: this run makes it anew.
+        torch.save({name: value for name, value in run.model.state_dict().items() if not name.startswith('fc.')},
+                   folder / f'{recipe.name()}.pt')
     os.replace(part, path)
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     return record
 
 
@@ -423,6 +476,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=RESULTS / 'accuracy')
     parser.add_argument('--queue', choices=('short', 'paper'), help='run a list of runs, one after the other')
+    parser.add_argument('--parallel', type=int, default=1, help='runs of a list side by side, on a large GPU')
     parser.add_argument('--size', choices=tuple(SIZES), help='a set of defaults')
     parser.add_argument('--dl2pa', nargs='*', default=[], metavar='NAME=VALUE', help='arguments of AssignmentScheduler')
     for name, value in asdict(Recipe()).items():
@@ -454,9 +508,11 @@ def main() -> None:
     place = [f'{flag}={value}' for flag, value in (('--data-dir', args.data_dir), ('--arrays', args.arrays)) if value]
     place += [f'--device={args.device}', f'--output={args.output}']
     if args.queue:
-        for arguments in queue(args.queue):
-            # A process a run, so that a run's peak memory and random numbers are its own.
-            subprocess.run([sys.executable, __file__, *arguments, *place], check=True)
+        # A process a run, so that a run's peak memory and random numbers are its own.
+        with ThreadPoolExecutor(args.parallel) as pool:
+            for _ in pool.map(lambda arguments: subprocess.run([sys.executable, __file__, *arguments, *place],
+                                                               check=True), queue(args.queue)):
+                pass
         return
     recipe = _recipe(args)
     images = load_images(data_dir=args.data_dir, arrays=args.arrays, size=recipe.image_size)
