@@ -19,7 +19,7 @@ paper           re-solved once an epoch by the authors' moving average: it start
                 assignment; of several samples of a class in a batch one counts; momentum 0.9 is about 0.95, since 0.9 q
                 is added to q before normalising. Their saved checkpoints (re-solved after validation), their unbuffered
                 prototypes and their unsynchronised processes do not change a run on one device, and are left out.
-dl2pa           this library's defaults
+dl2pa           this library's defaults, as in train.py
 """
 import argparse
 import json
@@ -47,8 +47,9 @@ from image_arrays import Images, augment, hold_out, keep_classes, load_images, l
 from results_file import RESULTS, environment
 from tqdm import tqdm
 
-from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SquaredCosineLoss, default_scale, wrap_dl2pa
+from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SquaredCosineLoss, default_scale, prime, wrap_dl2pa
 from timm_dl2pa.assignment import solve_assignment
+from timm_dl2pa.training import PluginOptions
 
 METHODS = ('softmax', 'cosine_softmax', 'static', 'etf', 'paper', 'dl2pa')
 LOSSES = ('cross_entropy', 'squared_cosine', 'dot_regression')
@@ -82,7 +83,7 @@ class Recipe:
     weight_decay: float = 1e-4
     schedule: str = 'steps'
     warmup: float = 0.05
-    neck: str = 'linear'
+    neck: str | None = None
     scale: float | None = None
     loss_weight: float | None = None
     imbalance: float | None = None
@@ -160,19 +161,25 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     kwargs = {'shortcut': recipe.shortcut} if recipe.model.startswith('cifar_resnet') else {}
     model = timm.create_model(recipe.model, num_classes=num_classes, **kwargs)
     scale = recipe.scale or default_scale(num_classes)
+    neck_kind = recipe.neck or 'linear'
     if recipe.method.endswith('softmax'):
         if recipe.dim == 0:
             return model
         features = model.num_features
         neck = [nn.Linear(features, recipe.dim)]
-        if recipe.neck == 'linear_bn':
+        if neck_kind == 'linear_bn':
             neck = [nn.Linear(features, recipe.dim, bias=False), nn.BatchNorm1d(recipe.dim)]
         model.fc = nn.Sequential(*neck, nn.Linear(recipe.dim, num_classes) if recipe.method == 'softmax'
                                  else CosineClassifier(recipe.dim, num_classes, scale))
         return model
     if recipe.method == 'etf' and recipe.dim < num_classes - 1:
         raise ValueError(f'etf needs dim >= {num_classes - 1} for {num_classes} classes, not {recipe.dim}.')
-    wrap_dl2pa(model, recipe.dim, neck=recipe.neck, scale=scale, seed=recipe.seed)
+    if recipe.method == 'dl2pa':
+        loss = 'criterion' if recipe.loss == 'cross_entropy' else recipe.loss
+        given = {name: getattr(recipe, name) for name in ('neck', 'scale') if getattr(recipe, name) is not None}
+        wrap_dl2pa(model, **PluginOptions(dim=recipe.dim, seed=recipe.seed, loss=loss, **given).head_arguments())
+    else:
+        wrap_dl2pa(model, recipe.dim, neck=neck_kind, scale=scale, seed=recipe.seed)
     head = model.get_classifier()
     head.assign(torch.randperm(num_classes, generator=torch.Generator().manual_seed(recipe.seed)))
     return model
@@ -385,7 +392,7 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
     backbone = None
     if recipe.start_from:
         source = replace(Recipe(), method='softmax', dim=0, model=recipe.model, shortcut=recipe.shortcut,
-                         classes=recipe.start_from, validation=recipe.validation, seed=recipe.seed)
+                         image_size=recipe.image_size, classes=recipe.start_from, validation=recipe.validation, seed=recipe.seed)
         backbone = folder / f'{source.name()}.pt'
         if not backbone.exists():
             raise FileNotFoundError(f'{backbone} holds the backbone to start from: run --method softmax --dim 0 '
@@ -437,22 +444,34 @@ def queue(name: str) -> list[list[str]]:
     """Return the arguments of each run of a list, the most telling first."""
     runs = []
     if name == 'short':
+        # The paper's loss at the learning rate that it is made for: its sum over the batch.
+        paper = ['--loss', 'squared_cosine', '--lr', '0.01', '--loss-weight', '128']
+        methods = (['softmax'], ['dl2pa'], ['paper', *paper], ['static', *paper])
+
+        def add(method: list[str], *arguments: Any) -> None:
+            runs.append(['--size', 'short', '--method', *method, *map(str, arguments)])
+
         for seed in (3, 4, 5):
             for dim in (50, 10):
-                for method in ('softmax', 'static', 'paper', 'dl2pa'):
-                    loss = ['--loss', 'squared_cosine', '--lr', '0.01', '--loss-weight', '128'] \
-                        if method == 'paper' else []
-                    runs.append(['--size', 'short', '--method', method, '--dim', str(dim), '--seed', str(seed), *loss])
-        for method in ('softmax', 'static', 'dl2pa'):
-            runs.append(['--size', 'short', '--method', method, '--dim', '100', '--seed', '3'])
-        runs.append(['--size', 'short', '--method', 'softmax', '--dim', '0', '--seed', '3'])
-        for seed in (3, 4, 5):
-            for method in ('softmax', 'static', 'dl2pa'):
-                runs.append(['--size', 'short', '--method', method, '--dim', '64', '--imbalance', '0.01', '--epochs',
-                             '30', '--seed', str(seed)])
-        for method in ('softmax', 'static', 'dl2pa'):
-            runs.append(['--size', 'short', '--method', method, '--dim', '50', '--classes', 'first_half', '--seed', '3'
-                         ])
+                for method in methods:
+                    add(method, '--dim', dim, '--seed', seed)
+            if seed == 3:
+                for method in methods:
+                    add(method, '--dim', 100, '--seed', seed)
+                add(['softmax'], '--dim', 0, '--seed', seed)
+            # A backbone of half the classes, whose embeddings are tried on the others; then fine-tuned on those.
+            add(['softmax'], '--dim', 0, '--classes', 'first_half', '--seed', seed)
+            for method, dim in ((['softmax'], 50), (['softmax'], 0), (['dl2pa'], 50)):
+                add(method, '--dim', dim, '--classes', 'second_half', '--start-from', 'first_half', '--epochs', 2,
+                    '--seed', seed)
+            for method in (['softmax'], ['dl2pa'], ['static']):
+                add(method, '--dim', 64, '--imbalance', 0.01, '--epochs', 30, '--seed', seed)
+        for dim in (50, 10):  # the head's parts alone
+            add(['static'], '--dim', dim, '--seed', 3)
+            add(['cosine_softmax'], '--dim', dim, '--seed', 3)
+            add(['softmax'], '--dim', dim, '--neck', 'linear_bn', '--seed', 3)
+        for method in (['softmax'], ['dl2pa']):
+            add(method, '--dim', 50, '--classes', 'first_half', '--seed', 3)
     elif name == 'paper':
         for size, losses in (('modern', []), ('paper', [])):
             for dim in (50, 10, 25, 100):

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-__all__ = ['ClassMeans', 'RunningClassMeans']
+__all__ = ['ClassMeans', 'RunningClassMeans', 'shares_of']
 
 
-def _shares(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Yield class indices (B,) and the shares (B, 1) that the samples have in them; None stands for ones."""
     if targets.ndim == 1:
         # On a GPU an index out of range would end the process before `check` can name it.
@@ -70,7 +70,7 @@ class ClassMeans:
             targets = targets.long()
             lowest, highest = torch.aminmax(torch.cat([targets, self.label_range]))
             self.label_range = torch.stack([lowest, highest])
-        for labels, share in _shares(targets, self.num_classes):
+        for labels, share in shares_of(targets, self.num_classes):
             # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
             self.sums.index_add_(
                 0, labels, embeddings if share is None else torch.where(share != 0, share * embeddings, 0.0))
@@ -158,7 +158,7 @@ class RunningClassMeans:
         device: Where the sums (C, d) and the counts (C,) live, float32.
     """
 
-    def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
+    def __init__(self, num_classes: int, dim: int, memory: float = 0.98, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.memory = memory
         self.sums = torch.zeros(num_classes, dim, device=device)
@@ -174,7 +174,7 @@ class RunningClassMeans:
         """Fold a batch in: embeddings (B, d), targets as for `ClassMeans.add`. In a distributed run every process must
         call it."""
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
-        for labels, share in _shares(targets, self.num_classes):
+        for labels, share in shares_of(targets, self.num_classes):
             if share is None:
                 share = torch.ones_like(embeddings[:, :1])
             sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))

@@ -16,6 +16,9 @@ __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
 NECKS = ('linear', 'linear_bn', 'none')
 TRAIN_OUTPUTS = ('logits', 'embeddings')
 
+# Where a learned scale begins: low, so that young embeddings are not asked to be certain. It grows with training.
+LEARNED_SCALE_START = 4.0
+
 # Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
 _SHORTEST = 1e-6
 
@@ -55,7 +58,7 @@ class DL2PAConfig:
         dim: d, the dimension of the embeddings.
         num_prototypes: K >= C; None means C.
         neck: 'linear', 'linear_bn' (batch norm after it) or 'none' (the features are the embedding).
-        scale: Factor on the cosines; None means `default_scale(num_classes)`.
+        scale: Factor on the cosines; None means `default_scale(num_classes)`, or 4 to begin with where it is learned.
         learn_scale: Whether the scale is a parameter.
         train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
         seed: Seed of the prototypes.
@@ -94,7 +97,8 @@ class DL2PAConfig:
         if self.learn_scale and self.train_output == 'embeddings':
             raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
         if self.scale is None:
-            object.__setattr__(self, 'scale', default_scale(self.num_classes))
+            scale = LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes)
+            object.__setattr__(self, 'scale', scale)
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f'scale must be positive and finite, not {self.scale}.')
 
@@ -113,8 +117,8 @@ class DL2PAHead(nn.Module):
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
     `eval()`: that is how a training task of timm's hears of epochs. `warmup_vectors`, if set, are class vectors (C, d)
-    that stand in for the prototypes: during its warm-up an `AssignmentScheduler` sets them. None of the three is
-    copied, pickled or saved with the head.
+    that stand in for the prototypes in training mode: during its warm-up an `AssignmentScheduler` sets them. None of
+    the three is copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -123,8 +127,10 @@ class DL2PAHead(nn.Module):
         num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
         prototypes: (K, d) unit rows of your own. Default: `make_prototypes(num_prototypes, dim, seed=seed)`.
         neck: 'linear', 'linear_bn', or 'none', which needs `dim == in_features`.
-        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace.
-        learn_scale: Make the scale a parameter, in the log domain so that it stays positive.
+        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace; learned, from 4 on.
+        learn_scale: Make the scale a parameter, in the log domain so that it stays positive. With cross-entropy that
+            learns much better than a fixed scale: unit embeddings in few dimensions times a large one ask for a
+            certainty that a young network has not.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
             then made in evaluation mode only.
         seed: Seed of the prototypes. The neck's weights are drawn as PyTorch draws those of any layer.
@@ -251,9 +257,10 @@ class DL2PAHead(nn.Module):
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class.
 
-        During a warm-up they are those with the `warmup_vectors`.
+        In training mode, during a warm-up, they are those with the `warmup_vectors`.
         """
-        vectors = self.class_prototypes if self.warmup_vectors is None else self.warmup_vectors
+        warmup = self.training and self.warmup_vectors is not None
+        vectors = self.warmup_vectors if warmup else self.class_prototypes
         with _in_float32(embeddings):
             return embeddings.float() @ vectors.t()
 

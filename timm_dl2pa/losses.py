@@ -36,6 +36,9 @@ class _PrototypeLoss(nn.Module):
     def head(self) -> DL2PAHead:
         return self._head[0]
 
+    def _warming_up(self) -> bool:
+        return self.head.training and self.head.warmup_vectors is not None
+
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and
         in a warm-up."""
@@ -51,7 +54,7 @@ class _PrototypeLoss(nn.Module):
                              f'({len(output)}, {head.num_classes}), not of the shape {tuple(targets.shape)}.')
         if targets.ndim == 1 and targets.is_floating_point():
             raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices, not {targets.dtype}.')
-        warmup = head.warmup_vectors is not None
+        warmup = self._warming_up()
         if not embedded:
             chosen = output if targets.ndim == 2 or warmup else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
             return chosen.float() / head.current_scale()
@@ -68,7 +71,7 @@ class _PrototypeLoss(nn.Module):
             targets: Class indices (B,), or soft targets (B, C).
         """
         cosines = self._cosines(output, targets)
-        if self.head.warmup_vectors is None:
+        if not self._warming_up():
             return self._reduce(self.weight * self._per_sample(cosines, targets))
         logits = self.head.current_scale() * cosines
         return self._reduce(nn.functional.cross_entropy(

@@ -44,12 +44,15 @@ class AssignmentScheduler:
     batch is folded in. So none comes between training and validation, a checkpoint holds the assignment that its
     metric was measured with, and none comes after the last batch.
 
-    By default training begins with a warm-up: until the first re-solve the head's class vectors are not prototypes but
-    running means of each class's latest embeddings, seen from their common mean. They take no parameters. That first
-    re-solve rotates the whole prototype set, which leaves it as evenly spread, and matches, in turns, until both fit
-    the class means (`align_prototypes`). So the first assignment follows what the network sees, not chance; later
-    re-solves, which see embeddings that training has pulled to their prototypes, move little. The rotated prototypes
-    are written into the head's buffer. `warmup=0` is the paper's rule: a random assignment that matching improves.
+    By default training begins with a warm-up: until the first re-solve the head's class vectors in training are not
+    prototypes but running means of each class's latest embeddings, seen from their common mean. They take no
+    parameters. That first re-solve rotates the whole prototype set, which leaves it as evenly spread, and matches, in
+    turns, until both fit the class means (`align_prototypes`). So the first assignment follows what the network sees,
+    not chance; later re-solves, which see embeddings that training has pulled to their prototypes, move little. The
+    rotated prototypes are written into the head's buffer. In evaluation the head always classifies by its prototypes,
+    as a checkpoint of that moment does: before the first re-solve that is no better than chance.
+
+    `warmup=0` is the paper's rule: any assignment to begin with, which matching improves.
 
     The class means are running sums of unit embeddings; each re-solve multiplies what was summed by `momentum`. (The
     paper's moving average weighs the batches within an epoch instead. The sums do not depend on how samples fall into
@@ -66,8 +69,9 @@ class AssignmentScheduler:
         start: No re-solve falls due before so many batches (epochs, if `interval` is 'epoch').
         stop: None falls due after so many batches (epochs); 0 keeps the assignment static. Default: never stops.
         momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
-        warmup: Length of the warm-up in intervals; no re-solve falls due before its end. 0: none, the paper's rule.
-            Where the assignment is static (`stop` comes before the first re-solve) there is none.
+        warmup: Length of the warm-up in batches (epochs, if `interval` is 'epoch'), at least up to `start`; a re-solve
+            falls due at its end. Default: one interval, whole epochs rather than a few batches being what it takes.
+            math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
 
     Raises:
         ValueError: The model has no DL2PA head, its heads differ, or a number is out of range.
@@ -88,7 +92,7 @@ class AssignmentScheduler:
             start: int = 0,
             stop: int | None = None,
             momentum: float = 0.5,
-            warmup: int = 1,
+            warmup: float | None = None,
     ):
         self.heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
         if not self.heads:
@@ -101,7 +105,9 @@ class AssignmentScheduler:
             raise ValueError(f'stop must be at least 0 or None, not {stop}.')
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
-        if warmup < 0:
+        if warmup is None:
+            warmup = 1 if interval == 'epoch' else interval
+        if not warmup >= 0:
             raise ValueError(f'warmup must be at least 0, not {warmup}.')
         head = self.heads[0]
         for other in self.heads[1:]:
@@ -124,13 +130,22 @@ class AssignmentScheduler:
         self._embeddings: torch.Tensor | None = None
         head.observer = self._observe
         self._running: RunningClassMeans | None = None
-        earliest = max(start, warmup * (1 if interval == 'epoch' else interval))
-        self._set_warmup(warmup > 0 and (stop is None or stop >= earliest))
+        self._set_warmup(warmup > 0 and stop != 0)
 
     @property
     def warming_up(self) -> bool:
         """Whether class means stand in for the prototypes."""
         return self._running is not None
+
+    def end_warmup(self) -> None:
+        """Have the re-solve that ends the warm-up fall due now, whatever `warmup` says. Afterwards it does nothing."""
+        self._due |= self.warming_up
+
+    def skip_warmup(self) -> None:
+        """End the warm-up without a re-solve, and forget the class sums: the assignment in force is a good one."""
+        self._set_warmup(False)
+        self._due = False
+        self.class_means.reset()
 
     def _set_warmup(self, on: bool) -> None:
         head = self.heads[0]
@@ -179,7 +194,7 @@ class AssignmentScheduler:
             self._give_vectors()
         self._embeddings = None
         self.steps += 1
-        if self.interval != 'epoch' and self.steps % self.interval == 0:
+        if self.interval != 'epoch':
             self._mark(self.steps)
         return update
 
@@ -211,10 +226,10 @@ class AssignmentScheduler:
         self.class_means.merge()
 
     def _mark(self, count: int) -> None:
-        if self.warming_up and count < self.warmup * (1 if self.interval == 'epoch' else self.interval):
-            return
-        if count >= self.start and (self.stop is None or count <= self.stop):
-            self._due = True
+        if self.warming_up:
+            self._due |= count >= max(self.warmup, self.start)
+        elif self.interval == 'epoch' or count % self.interval == 0:
+            self._due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def _resolve(self) -> AssignmentUpdate:
         began = time.perf_counter()
@@ -291,7 +306,7 @@ class AssignmentScheduler:
         """
         steps, epochs, due = state['steps'], state['epochs'], state['due']
         history = [AssignmentUpdate(**update) for update in state['history']]
-        running = state['running']
+        running = state.get('running')  # states of version 0.1.0 have none
         self.class_means.load_state_dict(state)
         self._set_warmup(running is not None)
         if running is not None:
