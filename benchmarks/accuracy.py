@@ -392,7 +392,8 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
     backbone = None
     if recipe.start_from:
         source = replace(Recipe(), method='softmax', dim=0, model=recipe.model, shortcut=recipe.shortcut,
-                         image_size=recipe.image_size, classes=recipe.start_from, validation=recipe.validation, seed=recipe.seed)
+                         image_size=recipe.image_size, classes=recipe.start_from, validation=recipe.validation,
+                         seed=recipe.seed)
         backbone = folder / f'{source.name()}.pt'
         if not backbone.exists():
             raise FileNotFoundError(f'{backbone} holds the backbone to start from: run --method softmax --dim 0 '
