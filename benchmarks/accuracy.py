@@ -504,7 +504,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == 'validation':
             parser.add_argument(flag, action='store_true', default=None)
         elif name != 'dl2pa':
-            kinds = {'scale': float, 'loss_weight': float, 'imbalance': float, 'image_size': int}
+            kinds = {'scale': float, 'loss_weight': float, 'imbalance': float, 'image_size': int, 'neck': str,
+                     'start_from': str}
             parser.add_argument(flag, type=kinds.get(name) or type(value))
     return parser
 

@@ -25,7 +25,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, DotRegressionLoss, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, DotRegressionLoss, SquaredCosineLoss, prime
 from timm_dl2pa.training import PluginOptions, install, plugged_in, uninstall
 
 pytestmark = pytest.mark.timm

@@ -284,7 +284,7 @@ def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(mak
     head = make_head()
     scheduler = AssignmentScheduler(head, interval=3)
     running = RunningClassMeans(7, 4)
-    for step in range(3):
+    for _ in range(3):
         x, labels = torch.randn(32, 12), torch.randint(0, 7, (32,))
         expected = head.current_scale() * head.embed(x) @ running.directions().t()
         assert scheduler.warming_up and torch.allclose(head(x), expected, atol=1e-6)

@@ -19,7 +19,6 @@ __all__ = ['Primer', 'prime']
 
 # Share of the mean variance that is added to each direction's, so that those without any do not count for much.
 _RIDGE = 0.01
-_MOST_TURNS = 30
 _SUMS = ('counts', 'sums', 'squares')
 
 
@@ -159,9 +158,8 @@ def prime(
     The neck is that which in the least squares maps each sample's features to its class's prototype, each class
     counting the same: `W = P_a^T M S^-1 / C`, with the centred class means M (C, F) and the features' covariance S
     (and a hundredth of its mean variance added). What it explains is greatest where `sum_cd G_cd <p_a(c), p_a(d)>` is,
-    with the similarity `G = M S^-1 M^T` of the classes: a quadratic assignment. It is climbed in turns: G is positive
-    semidefinite, so that aligning the prototypes to `G P_a` (`align_prototypes`) never lowers the sum. It starts from
-    the d leading directions of G.
+    with the similarity `G = M S^-1 M^T` of the classes. So the prototypes are aligned (`align_prototypes`) to the d
+    leading directions of G, with three weightings of these, of which the one that explains the most counts.
 
     The outputs of a linear neck keep the total variance that they had, for the learning rate's sake. A warm-up of
     the scheduler is skipped: there is an assignment. Nothing else is changed.
@@ -219,19 +217,17 @@ def _fit(means: np.ndarray, covariance: np.ndarray, prototypes: torch.Tensor
     """Return assignment, rotated prototypes and the share of variance explained."""
     similarity = means @ np.linalg.solve(covariance, means.T)  # G, (C, C)
     values, vectors = np.linalg.eigh(similarity)
-    leading = np.argsort(values)[::-1][:prototypes.shape[1]]
-    start = np.zeros((len(means), prototypes.shape[1]))
-    start[:, :len(leading)] = vectors[:, leading] * np.sqrt(np.maximum(values[leading], 0.0))
-    found, best, objective = align_prototypes(_unit_rows(start), prototypes), None, -np.inf
-    for _ in range(_MOST_TURNS):
+    dim, best = prototypes.shape[1], None
+    values, vectors = np.maximum(values[::-1][:dim], 0.0), vectors[:, ::-1][:, :dim]
+    # How much the first directions, those of families of classes, should weigh in the alignment depends on the classes.
+    for power in (0.5, 1.0, 2.0):
+        rows = np.pad(vectors * values ** power, ((0, 0), (0, dim - vectors.shape[1])))
+        found = align_prototypes(rows, prototypes)
         placed = found.prototypes.double().numpy()[found.assignment.numpy()]
-        pulled = similarity @ placed
-        before, now = objective, float((pulled * placed).sum())
-        if now <= before + 1e-6 * abs(before if best else 0.0):
-            break
-        best, objective = found, now
-        found = align_prototypes(pulled, found.prototypes, restarts=1)
-    return best.assignment, best.prototypes, objective / len(means) ** 2
+        explained = float((similarity @ placed * placed).sum()) / len(means) ** 2
+        if best is None or explained > best[2]:
+            best = found.assignment, found.prototypes, explained
+    return best
 
 
 def _unit_rows(rows: np.ndarray) -> np.ndarray:
