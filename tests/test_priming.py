@@ -127,7 +127,7 @@ def test_only_the_head_changes_and_the_model_is_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.mix.state_dict().items())
     assert not model.mix.training and model.heads[0].training and model.heads[0].neck[1].training and not heard
     assert torch.equal(random, torch.get_rng_state()) and variance > 0
-    assert not model.heads[0]._forward_pre_hooks
+    assert model.heads[0].feature_observer is None
     # Batch norm's statistics fit: evaluation and training see the same.
     x = torch.cat([x for x, _ in loader])
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_bad_input_changes_nothing(loader, message):
     with pytest.raises(ValueError, match=message):
         prime(model, loader, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not model.heads[0]._forward_pre_hooks
+    assert model.heads[0].feature_observer is None
 
 
 def test_what_cannot_be_primed():

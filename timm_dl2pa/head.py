@@ -116,9 +116,10 @@ class DL2PAHead(nn.Module):
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
-    `eval()`: that is how a training task of timm's hears of epochs. `warmup_vectors`, if set, are class vectors (C, d)
+    `eval()`: that is how a training task of timm's hears of epochs. `feature_observer`, if set, is called with the
+    detached features (B, in_features) of each forward: for priming. `warmup_vectors`, if set, are class vectors (C, d)
     that stand in for the prototypes in training mode: during its warm-up an `AssignmentScheduler` sets them. None of
-    the three is copied, pickled or saved with the head.
+    the four is copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -203,6 +204,7 @@ class DL2PAHead(nn.Module):
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
         self.observer: Callable[[torch.Tensor], None] | None = None
         self.mode_observer: Callable[[bool], None] | None = None
+        self.feature_observer: Callable[[torch.Tensor], None] | None = None
         self.warmup_vectors: torch.Tensor | None = None
 
     @classmethod
@@ -266,6 +268,8 @@ class DL2PAHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        if self.feature_observer is not None:
+            self.feature_observer(x.detach())
         embeddings = self.embed(x)
         if self.training:
             if self.observer is not None:
@@ -312,7 +316,7 @@ class DL2PAHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
-        return dict(self.__dict__, observer=None, mode_observer=None, warmup_vectors=None)
+        return dict(self.__dict__, observer=None, mode_observer=None, feature_observer=None, warmup_vectors=None)
 
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.

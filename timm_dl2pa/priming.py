@@ -34,10 +34,10 @@ class _Features:
         self.sums = torch.zeros(head.num_classes, head.in_features, **kind)
         self.squares = torch.zeros(head.in_features, head.in_features, **kind)
         self.features: torch.Tensor | None = None
-        self.handle = head.register_forward_pre_hook(self._observe)
+        head.feature_observer = self._observe
 
-    def _observe(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.features = arguments[0].detach()
+    def _observe(self, features: torch.Tensor) -> None:
+        self.features = features
 
     def add(self, targets: torch.Tensor) -> None:
         if targets.shape not in ((len(self.features),), (len(self.features), self.num_classes)):
@@ -98,8 +98,8 @@ class Primer:
 
     def close(self) -> None:
         """Observe no longer."""
-        for found in self._statistics:
-            found.handle.remove()
+        for head in self.heads:
+            head.feature_observer = None
 
     @torch.no_grad()
     def finish(self, scheduler: AssignmentScheduler | None = None) -> float:

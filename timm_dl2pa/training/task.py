@@ -14,6 +14,7 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
+from ..head import DL2PAHead
 from ..losses import DotRegressionLoss, SquaredCosineLoss
 from ..priming import Primer
 from ..scheduler import AssignmentScheduler, AssignmentUpdate
@@ -63,6 +64,7 @@ class DL2PATask(TrainingTask):
         self._batches = 0
         self._updates = 0
         self._primed_batches = 0
+        self._rotated = False
         self._checked = False
         self._merge_interval: int | None = None
         self._record: Path | None = None
@@ -116,8 +118,10 @@ class DL2PATask(TrainingTask):
             if self._primed_batches < self.dl2pa_options.prime:
                 return self._gather(input, target)
             self._prime()
+        warming_up = self.assignment_scheduler.warming_up
         update = self.assignment_scheduler.resolve_if_due()
         if update is not None:
+            self._rotated |= self.assignment_scheduler.warming_up != warming_up
             self._report(update)
         result = super().forward(input, target)
         self.assignment_scheduler.step(target)
@@ -139,6 +143,7 @@ class DL2PATask(TrainingTask):
     def _prime(self) -> None:
         explained = self._primer.finish(self.assignment_scheduler)
         self._primer = None
+        self._rotated = True
         if self.verbose:
             _logger.info(f'DL2PA: primed by {self._primed_batches} batches, which were not trained on: the features '
                          f"explain {100 * explained:.1f} % of the prototypes' variance")
@@ -165,6 +170,13 @@ class DL2PATask(TrainingTask):
 
     def update_ema(self, step: int | None = None) -> None:
         super().update_ema(step=step)
+        if self._rotated and self.has_ema():
+            # A mean of prototypes before and after a rotation is on no sphere and fits neither's embeddings.
+            averaged = [module for module in self.get_trainable_module(ema=True).modules()
+                        if isinstance(module, DL2PAHead)]
+            for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
+                mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
+        self._rotated = False
         self._updates += 1
         # Under gradient accumulation timm's count within an epoch may jump at its end: then every update.
         interval = 1 if self._merge_interval and self._updates != self._batches else self._merge_interval
