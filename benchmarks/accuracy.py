@@ -457,6 +457,9 @@ def queue(name: str) -> list[list[str]]:
                 for method in methods:
                     add(method, '--dim', dim, '--seed', seed)
             if seed == 3:
+                for dim in (50, 10):  # this library's head, its assignment left to chance, and by the paper's rule
+                    add(['dl2pa', '--dl2pa', 'stop=0'], '--dim', dim, '--seed', seed)
+                    add(['dl2pa', '--dl2pa', 'warmup=0'], '--dim', dim, '--seed', seed)
                 for method in methods:
                     add(method, '--dim', 100, '--seed', seed)
                 add(['softmax'], '--dim', 0, '--seed', seed)
