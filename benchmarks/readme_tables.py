@@ -1,4 +1,4 @@
-"""Write the README's tables from the files in `benchmarks/results`, between its `<!-- NAME -->` and `<!-- /NAME -->` marks.
+"""Write the README's tables from `benchmarks/results`, each between its `<!-- NAME -->` and `<!-- /NAME -->` marks.
 
     python benchmarks/readme_tables.py            # writes them
     python benchmarks/readme_tables.py --check    # fails if the README has other figures
