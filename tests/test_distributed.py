@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, prime
 
 STEPS, ROWS = 7, 12
 
@@ -63,7 +63,11 @@ def in_process(rank, port, folder, train_output, warmup):
             scheduler.step(torch.full((ROWS,), 17 if rank == 1 else 0))
     except ValueError as caught:
         error = str(caught)
-    torch.save((history, error, head.assignment.tolist() == before), f'{folder}/{rank}.pt')
+    kept = head.assignment.tolist() == before
+    # Parts of unequal length: the second has fewer batches.
+    prime(model, [part_of(rank, step, *batch(step)) for step in range(4 - rank)], scheduler, progress=False)
+    primed = head.assignment.tolist(), head.neck.weight.detach()
+    torch.save((history, error, kept, primed), f'{folder}/{rank}.pt')
     dist.barrier()
     # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
     os._exit(0)
@@ -87,7 +91,10 @@ def test_two_processes_agree_with_one(tmp_path, train_output, warmup):
         if update:
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
     assert len(expected) == (2 if warmup else 3) and expected[0][1] > 0
-    for history, error, kept in answers:
+    parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
+    prime(head, parts, scheduler, progress=False)
+    for history, error, kept, (assignment, weight) in answers:
+        assert assignment == head.assignment.tolist() and torch.allclose(weight, head.neck.weight, atol=1e-4)
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
         assert 'class 17' in error and kept
