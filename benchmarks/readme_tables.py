@@ -1,4 +1,4 @@
-"""Write the README's tables from `benchmarks/results/*.json`, between its `<!-- NAME -->` and `<!-- /NAME -->` marks.
+"""Write the README's tables from `benchmarks/results`, each between its `<!-- NAME -->` and `<!-- /NAME -->` marks.
 
     python benchmarks/readme_tables.py            # writes them
     python benchmarks/readme_tables.py --check    # fails if the README has other figures
@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,111 @@ def demo_seeds(record: dict[str, Any]) -> str:
     return table(['seed', 'linear classifier', 'static', 'DL2PA'], [*rows, ['mean', *mean]])
 
 
+# Methods as the tables name them: by the recipe's method, loss, neck and the scheduler's options.
+_METHODS = {
+    'softmax': '`softmax`: `nn.Linear` after a linear layer to d',
+    'softmax linear_bn': 'the same, with batch norm between',
+    'cosine_softmax': '`cosine_softmax`: both normalised, scale fixed',
+    'static squared_cosine': '`static` (HPN), squared cosine',
+    'static': '`static`, cross-entropy, scale fixed',
+    'paper squared_cosine': "`paper`: the authors' rule, squared cosine",
+    'dl2pa': '**`dl2pa`**, cross-entropy',
+    'dl2pa stop=0': 'the same head, assignment left to chance',
+    'dl2pa warmup=0': "the same head, the paper's rule",
+}
+
+
+def _runs() -> list[dict[str, Any]]:
+    files = sorted((ROOT / 'benchmarks' / 'results' / 'accuracy').glob('*.json'))
+    return [record for record in map(json.loads, (file.read_text() for file in files))
+            if not record['recipe']['validation']]
+
+
+def _method(recipe: dict[str, Any]) -> str:
+    if recipe['method'] == 'softmax' and recipe['dim'] == 0:
+        return '`nn.Linear` on all 64 features'
+    words = [recipe['method'], '' if recipe['loss'] == 'cross_entropy' else recipe['loss'], recipe['neck'] or '',
+             *(f'{name}={value}' for name, value in recipe['dl2pa'].items())]
+    key = ' '.join(filter(None, words))
+    return _METHODS.get(key, key)
+
+
+def _spread(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f'{mean:.2f}'
+    return f'{mean:.2f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.2f}'
+
+
+def _grouped(chosen: Callable[[dict[str, Any]], bool], metrics: dict[str, Callable[[dict[str, Any]], Any]]
+             ) -> list[list[Any]]:
+    """Return a row for each d and method: mean and standard deviation over the seeds, and how many there are."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in _runs():
+        if chosen(record['recipe']):
+            groups.setdefault((record['recipe']['dim'], _method(record['recipe'])), []).append(record)
+    order = list(_METHODS.values())
+    rows = []
+    for (dim, method), records in sorted(
+            groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]) if item[0][1] in order else 99)):
+        cells = [[metric(record) for record in records] for metric in metrics.values()]
+        rows.append([method, dim or '-', *('-' if None in values else _spread(values) for values in cells),
+                     len(records)])
+    return rows
+
+
+def accuracy() -> str:
+    metrics = {
+        'top-1': lambda r: r['results']['top1'],
+        'top-5': lambda r: r['results']['top5'],
+        'calibration error': lambda r: r['results']['calibration_error'],
+        'smallest angle': lambda r: r['results']['angular_separation']['smallest'],
+        'near classes': lambda r: r['results'].get('superclass_agreement'),
+        'recall@1': lambda r: r['results']['recall_at_1'],
+    }
+    rows = _grouped(lambda r: r['classes'] == 'all' and not r['imbalance'] and r['model'] == 'cifar_resnet14', metrics)
+    return table(['method', 'd', *metrics, 'seeds'], rows)
+
+
+def accuracy_tail() -> str:
+    metrics = {'top-1': lambda r: r['results']['top1'], **{
+        name: lambda r, name=name: r['results'].get(f'top1_{name}') for name in ('head', 'medium', 'tail')}}
+    return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: bool(r['imbalance']), metrics))
+
+
+def accuracy_transfer() -> str:
+    metrics = {
+        'top-1 after 2 epochs': lambda r: r['results']['top1'],
+        'before training': lambda r: r['before_training']['top1'],
+        'nearest class mean': lambda r: r['before_training']['nearest_class_mean'],
+    }
+    return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: r['classes'] == 'second_half', metrics))
+
+
+def accuracy_new_classes() -> str:
+    metrics = {'recall@1, new classes': lambda r: r['results']['recall_at_1_new_classes'],
+               'recall@1, own classes': lambda r: r['results']['recall_at_1']}
+    return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: r['classes'] == 'first_half', metrics))
+
+
+# Those that are made from the folder `results/accuracy`.
+_FOLDER_TABLES = (accuracy, accuracy_tail, accuracy_transfer, accuracy_new_classes)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args()
     readme = ROOT / 'README.md'
     old = new = readme.read_text()
-    for make in (head_step, train_step, prototypes, prototypes_large, demo, demo_seeds):
+    for make in (head_step, train_step, prototypes, prototypes_large, demo, demo_seeds, *_FOLDER_TABLES):
         name = make.__name__
-        record = json.loads((ROOT / 'benchmarks' / 'results' / f'{name}.json').read_text())
+        file = ROOT / 'benchmarks' / 'results' / f'{name}.json'
+        content = make() if make in _FOLDER_TABLES else make(json.loads(file.read_text()))
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if not pattern.search(new):
             print(f'README.md has no marks for {name}', file=sys.stderr)
             return 1
-        content = make(record)
         new = pattern.sub(lambda found, content=content: found[1] + content + '\n' + found[2], new)
     if args.check and new != old:
         print('README.md does not show the figures of benchmarks/results: run python benchmarks/readme_tables.py',

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_dl2pa import ClassMeans
+from timm_dl2pa.class_means import RunningClassMeans
 
 C, D = 6, 4
 
@@ -186,3 +187,35 @@ def test_never_waits_for_the_device(soft):
     means.add(torch.empty(8, D, device='meta'), targets)
     with pytest.raises(Exception):  # noqa: B017 - the test of the test: reading does raise
         means.check()
+
+
+# --- running means
+
+
+def test_running_means_forget_by_samples_and_are_seen_from_their_centre():
+    running = RunningClassMeans(3, 2, memory=0.5)
+    running.add(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 1]))
+    running.add(torch.tensor([[0.6, 0.8]]), torch.tensor([0]))
+    # Class 0: half of the old sample and one new one. Class 1 had none, and stays.
+    means = torch.tensor([[(0.5 + 0.6) / 1.5, 0.8 / 1.5], [0.0, 1.0]])
+    expected = torch.nn.functional.normalize(means - means.mean(0), dim=1)
+    found = running.directions()
+    assert torch.allclose(found[:2], expected, atol=1e-6) and not found[2].any()
+    assert running.counts.tolist() == [1.5, 2.0, 0.0]
+
+
+def test_running_means_of_soft_targets_and_of_a_saved_state():
+    x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1])
+    hard, soft = RunningClassMeans(3, 4), RunningClassMeans(3, 4)
+    hard.add(x, labels)
+    soft.add(x, torch.nn.functional.one_hot(labels, 3).float())
+    assert torch.allclose(hard.directions(), soft.directions(), atol=1e-6)
+    mixed = RunningClassMeans(3, 4)
+    mixed.add(x[:1], torch.tensor([[0.75, 0.25, 0.0]]))
+    assert torch.allclose(mixed.sums, torch.tensor([[0.75], [0.25], [0.0]]) * x[:1])
+    state = hard.state_dict()
+    after = RunningClassMeans(3, 4)
+    after.load_state_dict(state)
+    hard.add(x, labels)
+    assert torch.equal(state['sums'], after.sums) and not torch.equal(state['sums'], hard.sums)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, prime
 
 STEPS, ROWS = 7, 12
 
@@ -33,13 +33,13 @@ def part_of(rank, step, x, labels):
     return x[cut:], labels[cut:]
 
 
-def in_process(rank, port, folder, train_output):
+def in_process(rank, port, folder, train_output, warmup):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     head = new_head(train_output)
     model = DistributedDataParallel(head)
-    scheduler = AssignmentScheduler(model, interval=2, momentum=0.5)
+    scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, warmup=warmup)
     criterion = SquaredCosineLoss(head)
     history = []
     for step in range(STEPS):
@@ -53,7 +53,7 @@ def in_process(rank, port, folder, train_output):
             scheduler.merge()
             state = [scheduler.state_dict()]
             dist.broadcast_object_list(state, src=0)
-            scheduler = AssignmentScheduler(model, interval=2, momentum=0.5)
+            scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, warmup=warmup)
             scheduler.load_state_dict(state[0])
     before = head.assignment.tolist()
     error = None
@@ -63,22 +63,26 @@ def in_process(rank, port, folder, train_output):
             scheduler.step(torch.full((ROWS,), 17 if rank == 1 else 0))
     except ValueError as caught:
         error = str(caught)
-    torch.save((history, error, head.assignment.tolist() == before), f'{folder}/{rank}.pt')
+    kept = head.assignment.tolist() == before
+    # Parts of unequal length: the second has fewer batches.
+    prime(model, [part_of(rank, step, *batch(step)) for step in range(4 - rank)], scheduler, progress=False)
+    primed = head.assignment.tolist(), head.neck.weight.detach()
+    torch.save((history, error, kept, primed), f'{folder}/{rank}.pt')
     dist.barrier()
     # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
     os._exit(0)
 
 
-@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
-def test_two_processes_agree_with_one(tmp_path, train_output):
+@pytest.mark.parametrize('train_output, warmup', [('logits', 0), ('embeddings', 0), ('logits', 4)])
+def test_two_processes_agree_with_one(tmp_path, train_output, warmup):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    mp.spawn(in_process, (port, str(tmp_path), train_output), nprocs=2)
+    mp.spawn(in_process, (port, str(tmp_path), train_output, warmup), nprocs=2)
     answers = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
 
     head = new_head(train_output)
-    scheduler = AssignmentScheduler(head, interval=2, momentum=0.5)
+    scheduler = AssignmentScheduler(head, interval=2, momentum=0.5, warmup=warmup)
     expected = []
     for step in range(STEPS):
         parts = [part_of(rank, step, *batch(step)) for rank in range(2)]
@@ -86,8 +90,11 @@ def test_two_processes_agree_with_one(tmp_path, train_output):
         update = scheduler.step(torch.cat([labels for _, labels in parts]))
         if update:
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
-    assert len(expected) == 3 and expected[0][1] > 0
-    for history, error, kept in answers:
+    assert len(expected) == (2 if warmup else 3) and expected[0][1] > 0
+    parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
+    prime(head, parts, scheduler, progress=False)
+    for history, error, kept, (assignment, weight) in answers:
+        assert assignment == head.assignment.tolist() and torch.allclose(weight, head.neck.weight, atol=1e-4)
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
         assert 'class 17' in error and kept

@@ -256,10 +256,12 @@ def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copie
     head, modes = make_head(), []
     scheduler = AssignmentScheduler(head)
     head.mode_observer = modes.append
+    head.feature_observer, head.warmup_vectors = print, torch.zeros(7, 4)
     head.assign(torch.randperm(7, generator=generator))
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
     assert twin.observer is None and head.observer is not None
+    assert twin.feature_observer is None and twin.warmup_vectors is None and head.warmup_vectors is not None
     twin(x)
     twin.eval()
     assert modes == []

@@ -28,11 +28,11 @@ def said(capsys):
 
 def test_a_checkpoint_of_a_training(tmp_path, said):
     with plugged_in():
-        task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_num_prototypes=6)
+        task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_num_prototypes=6, dl2pa_scale=8)
     report = said(tmp_path / 'last.pth.tar')
     history = task.assignment_scheduler.history
     for part in ('model          test\n', 'epoch          2\n', 'dim=3', 'interval=3', 'loss=criterion',
-                 'fc: 5 classes, 6 prototypes in 3 dimensions, scale 8.477, 291 parameters',
+                 'fc: 5 classes, 6 prototypes in 3 dimensions, scale 8, 294 parameters',
                  f'{len(history)} re-solves in 12 batches, 3 epochs, one is due'):
         assert part in report
     for update in history:
@@ -50,7 +50,7 @@ def test_other_files(tmp_path, said):
     torch.save(average, tmp_path / 'average.pth')
     for name in ('folder', 'model.safetensors', 'state.pth', 'average.pth'):
         report = said(tmp_path / name)
-        assert 'scale 8.477 (learned)' in report and 'no history in this file' in report
+        assert 'scale 4 (learned)' in report and 'no history in this file' in report
 
 
 def test_files_that_are_no_good(tmp_path, said):

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import logging
+import math
 import os
 import socket
 from contextlib import suppress
@@ -30,6 +31,7 @@ from timm_dl2pa import (
     DL2PAHead,
     DotRegressionLoss,
     SquaredCosineLoss,
+    default_scale,
     make_prototypes,
     save_prototypes,
 )
@@ -87,6 +89,15 @@ def test_prototypes_from_a_file(tmp_path):
     assert torch.equal(head.prototypes, points)
 
 
+def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
+    for options, learned, scale in ((dict(), True, 4.0), (dict(dl2pa_scale=7), False, 7), (
+            dict(dl2pa_scale=7, dl2pa_learn_scale=True), True, 7), (dict(dl2pa_learn_scale=False), False, None), (
+            dict(dl2pa_loss='squared_cosine'), False, None)):
+        config = make_model(dl2pa_dim=3, **options).get_classifier().config
+        assert config.learn_scale == learned and config.neck == 'linear_bn'
+        assert config.scale == (scale or pytest.approx(default_scale(CLASSES)))
+
+
 @pytest.mark.parametrize('options, reason', [
     (dict(dl2pa_dimm=3), 'dl2pa_dimm: no such option. There are dl2pa_dim, '),
     (dict(dl2pa_dim='three'), "dl2pa_dim must be int, not 'three'"),
@@ -95,6 +106,8 @@ def test_prototypes_from_a_file(tmp_path):
     (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression'),
     (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
+    (dict(dl2pa_warmup_epochs=-1), 'dl2pa_warmup_epochs must be at least 0, not -1'),
+    (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1'),
 ])
 def test_options_that_are_no_good(options, reason):
     with pytest.raises(ValueError, match=reason):
@@ -153,7 +166,7 @@ def by_hand(interval, epochs=3):
     """The same training as a plain loop, and the assignment in force at each batch."""
     model = make_model(dl2pa_dim=3).train()
     head = model.get_classifier()
-    scheduler = AssignmentScheduler(model, interval=interval)
+    scheduler = AssignmentScheduler(model, interval=interval, warmup=math.inf)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
     losses = []
@@ -167,6 +180,7 @@ def by_hand(interval, epochs=3):
             scheduler.step(labels)
             losses.append(loss.item())
         scheduler.epoch_end()
+        scheduler.end_warmup()
     return losses, head.assignment, scheduler.history
 
 
@@ -181,7 +195,8 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
     ours = task.assignment_scheduler.history
     assert [(u.step, u.epoch, u.moved, u.objective) for u in ours] == [
         (u.step, u.epoch, u.moved, u.objective) for u in history]
-    assert len(ours) == (2 if interval == 'epoch' else 3) and any(update.moved for update in ours)
+    assert [update.step for update in ours] == ([4, 8] if interval == 'epoch' else [4, 6, 9])
+    assert any(update.moved for update in ours)
 
     # What the user sees: one line at the start and one a re-solve, a file beside the summary, and the summary.
     lines = [record.message for record in caplog.records if record.message.startswith('DL2PA')]
@@ -194,7 +209,8 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
     assert [float(row['objective']) for row in record] == pytest.approx([update.objective / 5 for update in ours])
     summary = rows(tmp_path / 'summary.csv')
     assert summary[-1]['train_dl2pa_moved'] == str(ours[-1].moved) and len(summary) == 3
-    assert summary[0]['train_dl2pa_resolves'] == ('0' if interval == 'epoch' else '1')
+    assert [row['train_dl2pa_resolves'] for row in summary] == (['0', '1', '2'] if interval == 'epoch' else
+                                                                ['0', '2', '3'])
 
 
 def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
@@ -274,8 +290,8 @@ def test_adaptive_clipping_leaves_out_the_heads_parameters():
     task = ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss())
     head = {id(parameter) for parameter in model.get_classifier().parameters()}
     left = list(task.get_clip_parameters(exclude_head=True))
-    assert len(head) == 3 and not head & {id(parameter) for parameter in left}
-    assert len(list(task.get_clip_parameters())) == len(left) + 3 == len(list(model.parameters()))
+    assert len(head) == 4 and not head & {id(parameter) for parameter in left}
+    assert len(list(task.get_clip_parameters())) == len(left) + 4 == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize('kind', [LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask])
@@ -341,13 +357,71 @@ def test_a_script_without_tasks_is_refused_when_it_makes_its_saver(tmp_path):
     utils.CheckpointSaver(make_model(), optimizer, checkpoint_dir=str(tmp_path))
 
 
+# --- the warm-up, and priming
+
+
+def test_the_warmup_counts_epochs_whatever_the_interval(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup_epochs=2)
+    assert [update.step for update in task.assignment_scheduler.history] == [8, 9]
+    assert 'after a warm-up of 2 epochs' in caplog.text
+    paper = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup_epochs=0)
+    assert [update.step for update in paper.assignment_scheduler.history] == [3, 6, 9]
+    fresh = make_model(dl2pa_dim=3).get_classifier().prototypes
+    assert torch.equal(paper.dl2pa_heads[0].prototypes, fresh)
+    assert not torch.allclose(task.dl2pa_heads[0].prototypes, fresh, atol=1e-3)
+
+
+def test_the_averaged_model_has_the_rotated_prototypes(tmp_path):
+    for options in (dict(), dict(dl2pa_prime=3)):
+        task = train(tmp_path, dl2pa_dim=3, ema=True, **options)
+        averaged = task.get_trainable_module(ema=True).module.get_classifier()
+        assert torch.equal(averaged.prototypes, task.dl2pa_heads[0].prototypes)
+        assert torch.equal(averaged.assignment, task.dl2pa_heads[0].assignment)
+        assert not torch.equal(averaged.neck[0].weight, task.dl2pa_heads[0].neck[0].weight)
+        make_model(dl2pa_dim=3).load_state_dict(load(tmp_path / 'last.pth.tar')['state_dict_ema'])
+
+
+@pytest.mark.parametrize('options', [
+    dict(), dict(dl2pa_loss='squared_cosine'), dict(autocast=torch.bfloat16), dict(compiled=True),
+    dict(mixup=dict(mixup_alpha=0.8)), dict(name='deit_tiny_distilled_patch16_224', img_size=32, depth=1)], ids=str)
+def test_primed_batches_are_not_trained_on(tmp_path, caplog, options):
+    caplog.set_level(logging.INFO)
+    if 'mixup' in options:
+        options = {**options, 'criterion': SoftTargetCrossEntropy(),
+                   'mixup': Mixup(num_classes=CLASSES, **options['mixup'])}
+    start = make_model(dl2pa_dim=3, **{name: value for name, value in options.items()
+                                       if name in ('name', 'img_size', 'depth')})
+    before = {name: value.clone() for name, value in start.named_parameters()}
+    # As many as there are: nothing but gathering.
+    task = train(tmp_path / 'gathering', dl2pa_dim=3, dl2pa_prime=2 * BATCHES, epochs=2, **options)
+    after = {name.removeprefix('_orig_mod.'): value for name, value in task.get_trainable_module().named_parameters()}
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    assert 'primed by the first 8 batches' in caplog.text and 'were not trained on' not in caplog.text
+    task = train(tmp_path / 'training', dl2pa_dim=3, dl2pa_prime=BATCHES, epochs=3, **options)
+    assert not any(task.losses[:BATCHES]) and all(task.losses[BATCHES:])
+    assert 'primed by 4 batches' in caplog.text and task._primer is None
+    assert not task.assignment_scheduler.warming_up
+    assert [update.step for update in task.assignment_scheduler.history] == [2 * BATCHES - 4]
+
+
+def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
+    options = dict(dl2pa_dim=3, dl2pa_prime=4 * BATCHES - 1, epochs=4)
+    train(tmp_path / 'unbroken', **options)
+    with pytest.raises(Killed):
+        train(tmp_path / 'broken', die_after=BATCHES + 2, recovery_interval=BATCHES, **options)
+    train(tmp_path / 'broken', resume=tmp_path / 'broken' / 'checkpoint-0.pth.tar', **options)
+    assert same_checkpoints(tmp_path / 'broken' / 'last.pth.tar', tmp_path / 'unbroken' / 'last.pth.tar')
+
+
 # --- resuming
 
 
-@pytest.mark.parametrize('interval', ['epoch', 3])
+@pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_epochs=2), dict(warmup_epochs=0),
+                                 dict(prime=6), dict(prime=2, loss='squared_cosine')], ids=str)
 @pytest.mark.parametrize('stopped_after', [1, 2, 3])
-def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, interval, stopped_after):
-    options = dict(dl2pa_dim=3, dl2pa_interval=interval, ema=True)
+def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
+    options = dict(dl2pa_dim=3, ema=True, **{f'dl2pa_{name}': value for name, value in how.items()})
     train(tmp_path / 'unbroken', epochs=4, **options)
     train(tmp_path / 'broken', epochs=stopped_after, **options)
     train(tmp_path / 'broken', epochs=4, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
@@ -404,13 +478,13 @@ def test_pretrained_path_gives_a_new_head_on_the_files_backbone(tmp_path, caplog
     def start(path, **options):
         caplog.clear()
         overlay = dict(file=str(path), num_classes=-1)
-        model = make_model(pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        model = make_model(pretrained=True, pretrained_cfg_overlay=overlay, dl2pa_neck='linear', **options)
         warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
         return model, warnings
 
     plain = make_model()
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
-    old = make_model(dl2pa_dim=3)
+    old = make_model(dl2pa_dim=3, dl2pa_neck='linear')
     old.get_classifier().assign(torch.tensor([1, 0, 2, 4, 3]))
     with torch.no_grad():
         old.get_classifier().neck.weight.fill_(0.5)
@@ -444,7 +518,8 @@ def test_checkpoint_path_loads_whole_or_is_refused(tmp_path):
 # --- two processes
 
 
-DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, lr=0.0)  # no batch norm, no step: samples alone matter
+# No batch norm, no step: samples alone matter.
+DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, dl2pa_neck='linear', lr=0.0)
 
 
 def in_process(rank, port, folder):
@@ -456,6 +531,8 @@ def in_process(rank, port, folder):
         for name, options in (
                 ('epoch', dict(dl2pa_loss='squared_cosine')),
                 ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
+                ('paper', dict(dl2pa_warmup_epochs=0)),
+                ('primed', dict(dl2pa_prime=2)),
                 ('no validation', dict(validate=False)),
                 ('batch norm', dict(name='test_resnet', img_size=None, dl2pa_neck='linear_bn', lr=0.05)),
         ):
@@ -493,15 +570,19 @@ def test_two_processes(tmp_path):
         port = free.getsockname()[1]
     mp.spawn(in_process, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
-    for name in ('epoch', 'batches', 'no validation', 'batch norm', 'resumed'):
+    for name in ('epoch', 'batches', 'paper', 'primed', 'no validation', 'batch norm', 'resumed'):
         assert first[name] == second[name]
 
     # One process with the same samples comes to the same assignments, and sums up the same class means.
-    for name, options in (('epoch', {}), ('batches', dict(dl2pa_interval=3)), ('no validation', dict(validate=False))):
+    for name, options in (('epoch', {}), ('batches', dict(dl2pa_interval=3)), ('paper', dict(dl2pa_warmup_epochs=0)),
+                          ('primed', dict(dl2pa_prime=2)), ('no validation', dict(validate=False))):
         task = train(tmp_path / f'alone {name}', **{**DISTRIBUTED, **options})
         history = [(update.step, update.moved) for update in task.assignment_scheduler.history]
         assert first[name] == (task.dl2pa_heads[0].assignment.tolist(), history)
-        assert any(moved for _, moved in history)
+        if name == 'primed':
+            assert first[name][0] != list(range(CLASSES))
+        else:
+            assert any(moved for _, moved in history)
         alone, together = (load(tmp_path / folder / 'last.pth.tar')['task_state']['dl2pa']['scheduler']
                            for folder in (f'alone {name}', name))
         assert torch.allclose(alone['sums'], together['sums'], atol=1e-4) and alone['sums'].abs().sum() > 1

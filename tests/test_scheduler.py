@@ -1,10 +1,18 @@
+import copy
 import io
+import math
 
 import pytest
 import torch
 import torch.nn as nn
 
-from timm_dl2pa import AssignmentScheduler, ClassMeans, solve_assignment
+from timm_dl2pa import AssignmentScheduler, ClassMeans, SquaredCosineLoss, align_prototypes, solve_assignment
+from timm_dl2pa.class_means import RunningClassMeans
+
+
+def paper_rule(model, *args, **kwargs):
+    """Without a warm-up."""
+    return AssignmentScheduler(model, *args, warmup=0, **kwargs)
 
 
 def feed(model, scheduler, seed, rows=32):
@@ -18,7 +26,7 @@ def feed(model, scheduler, seed, rows=32):
 
 def test_due_resolve_runs_at_the_next_batch_before_it_is_folded_in(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3)
+    scheduler = paper_rule(head, interval=3)
     expected = ClassMeans(7, 4)
     for step in range(3):
         assert feed(head, scheduler, step) is None
@@ -36,7 +44,7 @@ def test_due_resolve_runs_at_the_next_batch_before_it_is_folded_in(make_head):
 
 def test_epochs(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval='epoch', start=2, stop=3)
+    scheduler = paper_rule(head, interval='epoch', start=2, stop=3)
     happened = []
     for epoch in range(1, 6):
         happened.append([feed(head, scheduler, 10 * epoch + step) is not None for step in range(3)])
@@ -46,27 +54,27 @@ def test_epochs(make_head):
 
 def test_start_and_stop_in_batches(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=2, start=4, stop=6)
+    scheduler = paper_rule(head, interval=2, start=4, stop=6)
     assert [update.step for step in range(12) if (update := feed(head, scheduler, step))] == [4, 6]
-    static = AssignmentScheduler(head, interval=1, stop=0)
+    static = paper_rule(head, interval=1, stop=0)
     assert all(feed(head, static, step) is None for step in range(4))
 
 
 @pytest.mark.parametrize('momentum', [0.0, 0.5])
 def test_momentum(make_head, momentum):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=1, momentum=momentum)
+    scheduler = paper_rule(head, interval=1, momentum=momentum)
     feed(head, scheduler, 0)
     first = scheduler.class_means.sums.clone()
     feed(head, scheduler, 1)
-    alone = AssignmentScheduler(head, interval=1)
+    alone = paper_rule(head, interval=1)
     feed(head, alone, 1)
     assert torch.allclose(scheduler.class_means.sums, momentum * first + alone.class_means.sums, atol=1e-5)
 
 
 def test_optimal_assignment_stays(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=1)
+    scheduler = paper_rule(head, interval=1)
     assert feed(head, scheduler, 0) is None
     assert feed(head, scheduler, 0).moved > 0
     assert feed(head, scheduler, 0).moved == 0
@@ -75,7 +83,7 @@ def test_optimal_assignment_stays(make_head):
 def test_unseen_classes_keep_their_prototypes(make_head):
     head = make_head(num_prototypes=40, neck='none', in_features=4)
     head.assign(torch.arange(20, 27))
-    scheduler = AssignmentScheduler(head, interval=1)
+    scheduler = paper_rule(head, interval=1)
     for _ in range(2):
         head(head.prototypes[:2])  # two classes, at prototypes that nobody holds
         scheduler.step(torch.tensor([5, 6]))
@@ -84,7 +92,7 @@ def test_unseen_classes_keep_their_prototypes(make_head):
 
 def test_soft_targets(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=1)
+    scheduler = paper_rule(head, interval=1)
     head(torch.randn(4, 12))
     scheduler.step(torch.softmax(torch.randn(4, 7), 1))
     head(torch.randn(4, 12))
@@ -93,7 +101,7 @@ def test_soft_targets(make_head):
 
 def test_only_training_forwards_count(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head)
+    scheduler = paper_rule(head)
     head.eval()(torch.randn(5, 12))
     with pytest.raises(RuntimeError, match='no embeddings'):
         scheduler.step(torch.zeros(5, dtype=torch.long))
@@ -109,7 +117,7 @@ def test_only_training_forwards_count(make_head):
 
 def test_keeps_no_graph_alive(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head)
+    scheduler = paper_rule(head)
     head(torch.randn(3, 12))
     assert not scheduler._embeddings.requires_grad
     scheduler.step(torch.zeros(3, dtype=torch.long))
@@ -121,7 +129,7 @@ def test_keeps_no_graph_alive(make_head):
     ([0, 3, 1], float('nan'), 'class 3 were not finite')])
 def test_bad_batches_raise_before_the_assignment_changes(make_head, labels, poison, message):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=2)
+    scheduler = paper_rule(head, interval=2)
     feed(head, scheduler, 0)
     x = torch.randn(3, 12)
     if poison is not None:
@@ -139,7 +147,7 @@ def test_bad_batches_raise_before_the_assignment_changes(make_head, labels, pois
 @pytest.mark.parametrize('targets', [torch.zeros(3), torch.zeros(3, 8), torch.tensor(1), torch.zeros(2, dtype=int)])
 def test_targets_that_do_not_fit_are_refused_before_a_due_resolve(make_head, targets):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=1)
+    scheduler = paper_rule(head, interval=1)
     feed(head, scheduler, 0)
     head(torch.randn(3, 12))
     with pytest.raises(ValueError, match='targets'):
@@ -148,9 +156,11 @@ def test_targets_that_do_not_fit_are_refused_before_a_due_resolve(make_head, tar
     assert scheduler.step(torch.zeros(3, dtype=torch.long)) is not None
 
 
+@pytest.mark.parametrize('warmup', [0, 4, 6])
 @pytest.mark.parametrize('stopped_after', [3, 4, 6])
-def test_resumes_to_the_bit(make_head, stopped_after):
-    """An unbroken run equals one that was saved, loaded in new objects and continued, due re-solves included."""
+def test_resumes_to_the_bit(make_head, stopped_after, warmup):
+    """An unbroken run equals one that was saved, loaded in new objects and continued: before, in and after the warm-up
+    and with a re-solve due."""
 
     def train(head, scheduler, steps):
         optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
@@ -166,11 +176,11 @@ def test_resumes_to_the_bit(make_head, stopped_after):
         return updates
 
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3)
+    scheduler = AssignmentScheduler(head, interval=3, warmup=warmup)
     unbroken = train(head, scheduler, range(10))
 
     first = make_head()
-    before = AssignmentScheduler(first, interval=3)
+    before = AssignmentScheduler(first, interval=3, warmup=warmup)
     updates = train(first, before, range(stopped_after))
     buffer = io.BytesIO()
     torch.save({'model': first.state_dict(), 'scheduler': before.state_dict()}, buffer)
@@ -178,7 +188,7 @@ def test_resumes_to_the_bit(make_head, stopped_after):
     state = torch.load(buffer, weights_only=True)
     second = make_head()
     second.load_state_dict(state['model'])
-    after = AssignmentScheduler(second, interval=3)
+    after = AssignmentScheduler(second, interval=3, warmup=warmup)
     after.load_state_dict(state['scheduler'])
     assert updates + train(second, after, range(stopped_after, 10)) == unbroken
     assert any(update and update[1] for update in unbroken)
@@ -187,9 +197,9 @@ def test_resumes_to_the_bit(make_head, stopped_after):
 
 
 def test_state_of_another_head_is_refused(make_head):
-    scheduler = AssignmentScheduler(make_head())
+    scheduler = paper_rule(make_head())
     feed(scheduler.heads[0], scheduler, 0)
-    other = AssignmentScheduler(make_head(dim=5))
+    other = paper_rule(make_head(dim=5))
     with pytest.raises(ValueError, match='of another head'):
         other.load_state_dict(scheduler.state_dict())
     assert other.steps == 0
@@ -197,7 +207,7 @@ def test_state_of_another_head_is_refused(make_head):
 
 def test_several_heads_share_the_assignment(make_head):
     model = nn.ModuleList([make_head(), make_head()])
-    scheduler = AssignmentScheduler(model, interval=1)
+    scheduler = paper_rule(model, interval=1)
     feed(model[0], scheduler, 0)
     feed(model[0], scheduler, 1)
     assert model[0].assignment.tolist() != list(range(7))
@@ -207,7 +217,7 @@ def test_several_heads_share_the_assignment(make_head):
 
 def test_the_newest_scheduler_takes_over(make_head):
     head = make_head()
-    old, new = AssignmentScheduler(head), AssignmentScheduler(head)
+    old, new = paper_rule(head), paper_rule(head)
     head(torch.randn(3, 12))
     new.step(torch.zeros(3, dtype=torch.long))
     with pytest.raises(RuntimeError, match='no embeddings'):
@@ -221,11 +231,11 @@ def test_heads_that_cannot_share_an_assignment_are_refused(make_head):
 
 
 def test_a_state_that_lacks_something_changes_nothing(make_head):
-    scheduler = AssignmentScheduler(make_head())
+    scheduler = paper_rule(make_head())
     feed(scheduler.heads[0], scheduler, 0)
     state = scheduler.state_dict()
     del state['due']
-    other = AssignmentScheduler(make_head())
+    other = paper_rule(make_head())
     with pytest.raises(KeyError):
         other.load_state_dict(state)
     assert not other.class_means.sums.any()
@@ -234,7 +244,8 @@ def test_a_state_that_lacks_something_changes_nothing(make_head):
 @pytest.mark.parametrize('arguments, message', [
     (dict(interval=0), "interval must be 'epoch' or"), (dict(interval='step'), "interval must be 'epoch' or"),
     (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
-    (dict(stop=-1), 'stop must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
+    (dict(stop=-1), 'stop must be at least 0'), (dict(warmup=-1), 'warmup must be at least 0'),
+    (dict(warmup=float('nan')), 'warmup must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
 def test_bad_arguments(make_head, arguments, message):
     with pytest.raises(ValueError, match=message):
         AssignmentScheduler(make_head(), **arguments)
@@ -254,7 +265,7 @@ def test_warns_where_a_resolve_cannot_work(make_head):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_no_synchronisation_on_a_gpu(make_head):
     head = make_head().cuda()
-    scheduler = AssignmentScheduler(head, interval=100)
+    scheduler = paper_rule(head, interval=100)
     x, labels = torch.randn(16, 12, device='cuda'), torch.randint(0, 7, (16,), device='cuda')
     soft = torch.rand(16, 7, device='cuda')
     for targets in (labels, soft):
@@ -264,3 +275,108 @@ def test_no_synchronisation_on_a_gpu(make_head):
             scheduler.step(targets)
         finally:
             torch.cuda.set_sync_debug_mode('default')
+
+
+# --- the warm-up
+
+
+def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=3)
+    running = RunningClassMeans(7, 4)
+    for _ in range(3):
+        x, labels = torch.randn(32, 12), torch.randint(0, 7, (32,))
+        expected = head.current_scale() * head.embed(x) @ running.directions().t()
+        assert scheduler.warming_up and torch.allclose(head(x), expected, atol=1e-6)
+        scheduler.step(labels)
+        running.add(head.embed(x).detach(), labels)
+    # Validation and checkpoints see the prototypes, as a copy of the model does.
+    x = torch.randn(5, 12)
+    assert torch.equal(head.eval()(x), copy.deepcopy(head)(x))
+    assert torch.allclose(head(x), head.current_scale() * head.embed(x) @ head.class_prototypes.t(), atol=1e-6)
+
+
+def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
+    head = make_head()
+    before = head.prototypes.clone()
+    scheduler = AssignmentScheduler(head, interval=3)
+    for step in range(3):
+        assert feed(head, scheduler, step) is None
+    means = scheduler._running.directions()
+    assert torch.equal(head.prototypes, before)
+    update = feed(head, scheduler, 3)
+    assert not scheduler.warming_up and head.warmup_vectors is None
+    expected = align_prototypes(means, before)
+    assert torch.equal(head.assignment, expected.assignment) and torch.equal(head.prototypes, expected.prototypes)
+    assert torch.allclose(head.prototypes @ head.prototypes.t(), before @ before.t(), atol=1e-5)
+    assert not torch.allclose(head.prototypes, before, atol=0.1)
+    assert update.objective == pytest.approx(float((means * head.class_prototypes).sum()), rel=1e-5)
+    assert update.objective > update.objective_before
+    # Rotated prototypes are none that a seed makes.
+    assert head.config.own_prototypes
+    # From here on labels move alone.
+    rotated = head.prototypes.clone()
+    assert [feed(head, scheduler, step) is not None for step in range(4, 8)] == [False, False, True, False]
+    assert torch.equal(head.prototypes, rotated)
+
+
+@pytest.mark.parametrize('arguments, first', [
+    (dict(interval=2, warmup=3), 3), (dict(interval=2, warmup=1, start=4), 4), (dict(interval=2), 2),
+    (dict(interval=2, stop=1), 2), (dict(interval=2, warmup=0), 2)])
+def test_how_long_the_warmup_takes(make_head, arguments, first):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, **arguments)
+    assert scheduler.warming_up == (arguments.get('warmup') != 0)
+    updates = [feed(head, scheduler, step) for step in range(6)]
+    assert next(update.step for update in updates if update) == first and not scheduler.warming_up
+
+
+def test_a_warmup_of_epochs_and_its_early_end(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, warmup=2)
+    for epoch in range(2):
+        assert feed(head, scheduler, epoch) is None
+        scheduler.epoch_end()
+    assert feed(head, scheduler, 2).epoch == 2
+
+    scheduler = AssignmentScheduler(head, interval=4, warmup=math.inf)
+    assert all(feed(head, scheduler, step) is None for step in range(6))
+    scheduler.end_warmup()
+    assert feed(head, scheduler, 6).step == 6
+    scheduler.end_warmup()
+    assert feed(head, scheduler, 7) is None
+
+
+def test_a_static_assignment_has_no_warmup(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, stop=0)
+    assert not scheduler.warming_up and head.warmup_vectors is None
+
+
+@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
+def test_the_papers_loss_is_the_cross_entropy_in_the_warmup(make_head, train_output):
+    """A loss of distances to means that follow the embeddings would be least where all embeddings are one."""
+    head = make_head(train_output=train_output)
+    scheduler = AssignmentScheduler(head, interval=2)
+    feed(head, scheduler, 0)
+    criterion = SquaredCosineLoss(head)
+    x, labels = torch.randn(8, 12), torch.randint(0, 7, (8,))
+    logits = head.current_scale() * head.embed(x) @ scheduler._running.directions().t()
+    soft = torch.softmax(torch.randn(8, 7), 1)
+    for targets in (labels, soft):
+        expected = nn.functional.cross_entropy(logits, targets)
+        assert criterion(head(x), targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    head.eval()
+    squared = 30 * (1 - (head.embed(x) * head.class_prototypes[labels]).sum(1)).square().mean()
+    assert criterion(head(x), labels).item() == pytest.approx(squared.item(), rel=1e-5)
+
+
+def test_a_state_from_before_there_were_warmups_goes_on_without_one(make_head):
+    scheduler = paper_rule(make_head(), interval=3)
+    feed(scheduler.heads[0], scheduler, 0)
+    state = scheduler.state_dict()
+    del state['running']
+    after = AssignmentScheduler(make_head(), interval=3)
+    after.load_state_dict(state)
+    assert not after.warming_up and after.heads[0].warmup_vectors is None
+    assert torch.equal(after.class_means.sums, scheduler.class_means.sums)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+import timm_dl2pa
+
 REPO = os.environ.get('TIMM_REPO')
 pytestmark = [
     pytest.mark.timm,
@@ -41,7 +43,8 @@ def data(tmp_path_factory):
 
 
 def run(command, fails=False, **environment):
-    path = os.pathsep.join([REPO, str(Path(__file__).parent / 'modules')])
+    # The scripts are run with the package that is tested, and with their own timm.
+    path = os.pathsep.join([REPO, str(Path(timm_dl2pa.__file__).parents[1]), str(Path(__file__).parent / 'modules')])
     environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **environment}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           timeout=120)
@@ -381,3 +384,34 @@ def test_inspect(training):
     training.train('run', options=['interval=3'])
     said = run([sys.executable, '-m', 'timm_dl2pa', 'inspect', str(training.file('run', 'model_best.pth.tar'))])
     assert 'interval=3' in said and '5 classes, 5 prototypes in 3 dimensions' in said and 're-solves in' in said
+
+
+RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.yaml'))
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)
+def test_recipes_start(data, tmp_path, recipe):
+    """A few steps on random images, with a small batch and, where the model takes any, a small size."""
+    size = [] if 'swin' in recipe.stem else ['--input-size', '3', '64', '64']
+    told = run([sys.executable, f'{REPO}/train.py', *PLUGIN, '--config', str(recipe), '--data-dir', str(data),
+                '--num-classes', str(CLASSES), '-b', '20', '--epochs', '1', '--warmup-epochs', '0', '--device', 'cpu',
+                '-j', '1', '--amp-dtype', 'bfloat16', '--output', str(tmp_path), '--experiment', 'run', *size])
+    assert 'in d=512 dimensions for 5 classes, loss squared_cosine' in told and 're-solved every epoch' in told
+    arguments = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert arguments['model'] == yaml.safe_load(recipe.read_text())['model'] and arguments['lr'] == 0.5
+    with open(tmp_path / 'run' / 'summary.csv') as file:
+        assert float(next(csv.DictReader(file))['train_loss']) > 0
+
+
+def test_there_are_the_recipes_of_the_paper():
+    assert [path.stem for path in RECIPES] == [
+        'imagenet_resnet101_d512', 'imagenet_resnet50_d512', 'imagenet_swin_t_d512']
+
+
+def test_warmup_and_priming_from_the_flags(training):
+    told = training.train('primed', '--lr', '0.05', options=['prime=3', 'warmup_epochs=2'])
+    assert 'primed by 3 batches' in told
+    told = run([sys.executable, '-m', 'timm_dl2pa', 'run', *training.command('flags', plugin=False, dim=None)[1:],
+                '--dl2pa-dim', '3', '--dl2pa-warmup-epochs', '2', '--dl2pa-interval', '4'])
+    assert 'after a warm-up of 2 epochs' in told
+    assert next(iter(training.record('flags')))['epoch'] == '2'

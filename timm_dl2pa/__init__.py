@@ -1,10 +1,12 @@
 """Hyperspherical classification with dynamic label-to-prototype assignment (DL2PA, CVPR 2024) for timm models."""
+from .alignment import AlignmentResult, align_prototypes
 from .assignment import AssignmentResult, solve_assignment
 from .class_means import ClassMeans
 from .head import DL2PAConfig, DL2PAHead, default_scale
 from .hub import load_model, save_model
 from .losses import DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
+from .priming import prime
 from .prototypes import (
     load_prototypes,
     make_prototypes,
@@ -18,6 +20,7 @@ from .scheduler import AssignmentScheduler, AssignmentUpdate
 __version__ = '0.1.0'
 
 __all__ = [
+    'AlignmentResult',
     'AssignmentResult',
     'AssignmentScheduler',
     'AssignmentUpdate',
@@ -26,11 +29,13 @@ __all__ = [
     'DL2PAHead',
     'DotRegressionLoss',
     'SquaredCosineLoss',
+    'align_prototypes',
     'default_scale',
     'load_model',
     'load_prototypes',
     'make_prototypes',
     'max_cosine_lower_bound',
+    'prime',
     'prototype_quality',
     'save_model',
     'save_prototypes',

@@ -1,8 +1,24 @@
 """Streaming mean directions of classes, from the embeddings of training batches."""
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
-__all__ = ['ClassMeans']
+__all__ = ['ClassMeans', 'RunningClassMeans', 'shares_of']
+
+
+def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield class indices (B,) and the shares (B, 1) that the samples have in them; None stands for ones."""
+    if targets.ndim == 1:
+        # On a GPU an index out of range would end the process before `check` can name it.
+        yield targets.long().clamp(0, num_classes - 1), None
+        return
+    targets = targets.float()
+    shares, labels = targets.topk(min(2, num_classes), dim=1)
+    shares = shares - targets.amin(dim=1, keepdim=True)
+    total = shares.sum(dim=1, keepdim=True)
+    shares = torch.where(total == 0, total, shares / total)
+    yield from zip(labels.unbind(1), shares.split(1, dim=1))
 
 
 class ClassMeans:
@@ -54,18 +70,10 @@ class ClassMeans:
             targets = targets.long()
             lowest, highest = torch.aminmax(torch.cat([targets, self.label_range]))
             self.label_range = torch.stack([lowest, highest])
-            # On a GPU an index out of range would end the process before `check` can name it.
-            self.sums.index_add_(0, targets.clamp(0, self.num_classes - 1), embeddings)
-        else:
-            targets = targets.float()
-            shares, labels = targets.topk(min(2, self.num_classes), dim=1)
-            shares = shares - targets.amin(dim=1, keepdim=True)
-            total = shares.sum(dim=1, keepdim=True)
-            shares = torch.where(total == 0, total, shares / total)
-            for share, label in zip(shares.unbind(1), labels.unbind(1)):
-                # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
-                share = share.unsqueeze(1)
-                self.sums.index_add_(0, label, torch.where(share != 0, share * embeddings, 0.0))
+        for labels, share in shares_of(targets, self.num_classes):
+            # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
+            self.sums.index_add_(
+                0, labels, embeddings if share is None else torch.where(share != 0, share * embeddings, 0.0))
 
     def check_shapes(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings."""
@@ -135,3 +143,65 @@ class ClassMeans:
         self.label_range = label_range.to(self.label_range.device, torch.int64, copy=True)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             self.sums.zero_()
+
+
+class RunningClassMeans:
+    """Means of each class's latest unit embeddings, which serve as class vectors while there is no assignment yet.
+
+    A class's sum and its count are multiplied by `memory` for each of its new samples: about the last
+    `1 / (1 - memory)` samples count. Every process of a distributed run has the same means: each batch is added up.
+
+    Args:
+        num_classes: C.
+        dim: d.
+        memory: Factor for each sample, from 0 to 1.
+        device: Where the sums (C, d) and the counts (C,) live, float32.
+    """
+
+    def __init__(self, num_classes: int, dim: int, memory: float = 0.98, device: torch.device | str | None = None):
+        self.num_classes = num_classes
+        self.memory = memory
+        self.sums = torch.zeros(num_classes, dim, device=device)
+        self.counts = torch.zeros(num_classes, device=device)
+
+    def to(self, device: torch.device | str) -> 'RunningClassMeans':
+        """Move the sums, in place."""
+        self.sums, self.counts = self.sums.to(device), self.counts.to(device)
+        return self
+
+    @torch.no_grad()
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fold a batch in: embeddings (B, d), targets as for `ClassMeans.add`. In a distributed run every process must
+        call it."""
+        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        for labels, share in shares_of(targets, self.num_classes):
+            if share is None:
+                share = torch.ones_like(embeddings[:, :1])
+            sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
+            counts.index_add_(0, labels, share.squeeze(1))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        kept = self.memory ** counts
+        self.sums = kept.unsqueeze(1) * self.sums + sums
+        self.counts = kept * self.counts + counts
+
+    def directions(self) -> torch.Tensor:
+        """Return the unit directions (C, d), float32, in which the class means lie from their mean.
+
+        In a young network all embeddings lie in a narrow cone: what tells classes apart is where they lie in it.
+        Classes without samples have rows of zeros.
+        """
+        seen = (self.counts > 0).unsqueeze(1)
+        means = self.sums / torch.where(seen, self.counts.unsqueeze(1), 1.0)
+        centre = means.sum(dim=0) / seen.sum().clamp_min(1)
+        return torch.nn.functional.normalize(torch.where(seen, means - centre, 0.0), dim=1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the sums (C, d) and counts (C,), float32, as copies on the CPU."""
+        return {'sums': self.sums.cpu().clone(), 'counts': self.counts.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a state; all processes load the same one."""
+        device = self.sums.device
+        self.sums, self.counts = (state[name].to(device, copy=True) for name in ('sums', 'counts'))

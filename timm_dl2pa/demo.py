@@ -188,6 +188,7 @@ def _train(network: nn.Module, run: Run, title: str, images: Dataset, epochs: in
             interval=max(1, len(loader) // RESOLVES_AN_EPOCH),
             stop=RESOLVED_EPOCHS * len(loader),
             momentum=MOMENTUM,
+            warmup=0,
         )
     classifiers = network.get_classifier()
     classifiers = [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)

@@ -17,6 +17,9 @@ __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
 NECKS = ('linear', 'linear_bn', 'none')
 TRAIN_OUTPUTS = ('logits', 'embeddings')
 
+# Where a learned scale begins: low, so that young embeddings are not asked to be certain. It grows with training.
+LEARNED_SCALE_START = 4.0
+
 # Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
 _SHORTEST = 1e-6
 
@@ -56,7 +59,7 @@ class DL2PAConfig:
         dim: d, the dimension of the embeddings.
         num_prototypes: K >= C; None means C.
         neck: 'linear', 'linear_bn' (batch norm after it) or 'none' (the features are the embedding).
-        scale: Factor on the cosines; None means `default_scale(num_classes)`.
+        scale: Factor on the cosines; None means `default_scale(num_classes)`, or 4 to begin with where it is learned.
         learn_scale: Whether the scale is a parameter.
         train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
         seed: Seed of the prototypes.
@@ -95,7 +98,8 @@ class DL2PAConfig:
         if self.learn_scale and self.train_output == 'embeddings':
             raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
         if self.scale is None:
-            object.__setattr__(self, 'scale', default_scale(self.num_classes))
+            scale = LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes)
+            object.__setattr__(self, 'scale', scale)
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f'scale must be positive and finite, not {self.scale}.')
 
@@ -113,7 +117,10 @@ class DL2PAHead(nn.Module):
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
-    `eval()`: that is how a training task of timm's hears of epochs. Neither is copied, pickled or saved with the head.
+    `eval()`: that is how a training task of timm's hears of epochs. `feature_observer`, if set, is called with the
+    detached features (B, in_features) of each forward: for priming. `warmup_vectors`, if set, are class vectors (C, d)
+    that stand in for the prototypes in training mode: during its warm-up an `AssignmentScheduler` sets them. None of
+    the four is copied, pickled or saved with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -123,8 +130,10 @@ class DL2PAHead(nn.Module):
         prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default:
             `make_prototypes(num_prototypes, dim, seed=seed)`.
         neck: 'linear', 'linear_bn', or 'none', which needs `dim == in_features`.
-        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace.
-        learn_scale: Make the scale a parameter, in the log domain so that it stays positive.
+        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace; learned, from 4 on.
+        learn_scale: Make the scale a parameter, in the log domain so that it stays positive. With cross-entropy that
+            learns much better than a fixed scale: unit embeddings in few dimensions times a large one ask for a
+            certainty that a young network has not.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
             then made in evaluation mode only.
         seed: Seed of the prototypes. The neck's weights are drawn as PyTorch draws those of any layer.
@@ -199,6 +208,8 @@ class DL2PAHead(nn.Module):
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
         self.observer: Callable[[torch.Tensor], None] | None = None
         self.mode_observer: Callable[[bool], None] | None = None
+        self.feature_observer: Callable[[torch.Tensor], None] | None = None
+        self.warmup_vectors: torch.Tensor | None = None
 
     @classmethod
     def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
@@ -250,12 +261,19 @@ class DL2PAHead(nn.Module):
             return z / length.masked_fill(length < _SHORTEST, math.inf)
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
+        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class.
+
+        In training mode, during a warm-up, they are those with the `warmup_vectors`.
+        """
+        warmup = self.training and self.warmup_vectors is not None
+        vectors = self.warmup_vectors if warmup else self.class_prototypes
         with _in_float32(embeddings):
-            return embeddings.float() @ self.class_prototypes.t()
+            return embeddings.float() @ vectors.t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        if self.feature_observer is not None:
+            self.feature_observer(x.detach())
         embeddings = self.embed(x)
         if self.training:
             if self.observer is not None:
@@ -272,16 +290,25 @@ class DL2PAHead(nn.Module):
         return self
 
     @torch.no_grad()
-    def assign(self, assignment: torch.Tensor) -> None:
+    def assign(self, assignment: torch.Tensor, prototypes: torch.Tensor | None = None) -> None:
         """Give each class c the prototype `assignment[c]`, in place.
 
         Args:
             assignment: (C,) whole numbers in 0..K-1, no two the same.
+            prototypes: (K, d) unit rows that take the place of the head's, which `align_prototypes` has rotated.
 
         Raises:
-            ValueError: It is not that. The assignment in force stays.
+            ValueError: They are not that. What was in force stays.
         """
         check_assignment(assignment, self.num_classes, len(self.prototypes))
+        if prototypes is not None:
+            check_prototypes(prototypes)
+            if prototypes.shape != self.prototypes.shape:
+                raise ValueError(f'prototypes must have the shape {tuple(self.prototypes.shape)}, '
+                                 f'not {tuple(prototypes.shape)}.')
+            self.prototypes.copy_(unit_rows(prototypes))
+            # The seed alone does not make them again.
+            self.config = replace(self.config, own_prototypes=True)
         self.assignment.copy_(assignment)
 
     def extra_repr(self) -> str:
@@ -293,7 +320,7 @@ class DL2PAHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
-        return dict(self.__dict__, observer=None, mode_observer=None)
+        return dict(self.__dict__, observer=None, mode_observer=None, feature_observer=None, warmup_vectors=None)
 
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.

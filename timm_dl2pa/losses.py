@@ -13,6 +13,9 @@ class _PrototypeLoss(nn.Module):
     """The cosine of each sample with its target's prototype, from logits or from embeddings.
 
     Which of the two an output is, is decided by the head's `train_output` and mode, never by its shape.
+
+    During the scheduler's warm-up, whose class vectors follow the embeddings, a loss of distances alone would be least
+    where all embeddings are one. It is the cross-entropy of the scaled cosines then.
     """
 
     def __init__(self, head: DL2PAHead, reduction: str, weight: float):
@@ -33,8 +36,12 @@ class _PrototypeLoss(nn.Module):
     def head(self) -> DL2PAHead:
         return self._head[0]
 
+    def _warming_up(self) -> bool:
+        return self.head.training and self.head.warmup_vectors is not None
+
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the cosines in float32: (B,) with the target's prototype for hard targets (B,), (B, C) for soft."""
+        """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and
+        in a warm-up."""
         head = self.head
         embedded = head.training and head.train_output == 'embeddings'
         width = head.dim if embedded else head.num_classes
@@ -47,16 +54,34 @@ class _PrototypeLoss(nn.Module):
                              f'({len(output)}, {head.num_classes}), not of the shape {tuple(targets.shape)}.')
         if targets.ndim == 1 and targets.is_floating_point():
             raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices, not {targets.dtype}.')
+        warmup = self._warming_up()
         if not embedded:
-            chosen = output if targets.ndim == 2 else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+            chosen = output if targets.ndim == 2 or warmup else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
             return chosen.float() / head.current_scale()
-        if targets.ndim == 2:
+        if targets.ndim == 2 or warmup:
             return head.cosines(output)
         # The rows of the B targets alone: nothing here grows with the number of classes. gather refuses labels < 0.
         return (output.float() * head.prototypes[head.assignment.gather(0, targets.long())]).sum(dim=1)
 
+    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, float32: () or, with reduction 'none', (B,).
+
+        Args:
+            output: What the head returned: logits (B, C), or embeddings (B, d).
+            targets: Class indices (B,), or soft targets (B, C).
+        """
+        cosines = self._cosines(output, targets)
+        if not self._warming_up():
+            return self._reduce(self.weight * self._per_sample(cosines, targets))
+        logits = self.head.current_scale() * cosines
+        return self._reduce(nn.functional.cross_entropy(
+            logits, targets.long() if targets.ndim == 1 else targets.to(logits.dtype), reduction='none'))
+
+    def _per_sample(self, cosines: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss (B,) of the cosines (B,) with hard targets, (B, C) with soft ones."""
+        raise NotImplementedError
+
     def _reduce(self, per_sample: torch.Tensor) -> torch.Tensor:
-        per_sample = self.weight * per_sample
         if self.reduction == 'none':
             return per_sample
         return per_sample.sum() if self.reduction == 'sum' else per_sample.mean()
@@ -95,17 +120,11 @@ class SquaredCosineLoss(_PrototypeLoss):
     def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 30.0):
         super().__init__(head, reduction, weight)
 
-    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss, float32: () or, with reduction 'none', (B,).
-
-        Args:
-            output: What the head returned: logits (B, C), or embeddings (B, d).
-            targets: Class indices (B,), or soft targets (B, C).
-        """
-        squared = (1.0 - self._cosines(output, targets)).square()
+    def _per_sample(self, cosines: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        squared = (1.0 - cosines).square()
         if targets.ndim == 2:
             squared = (targets.to(squared.dtype) * squared).sum(dim=1)
-        return self._reduce(squared)
+        return squared
 
 
 class DotRegressionLoss(_PrototypeLoss):
@@ -132,23 +151,17 @@ class DotRegressionLoss(_PrototypeLoss):
     def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 1.0):
         super().__init__(head, reduction, weight)
 
-    def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss, float32: () or, with reduction 'none', (B,).
-
-        Args:
-            output: What the head returned: logits (B, C), or embeddings (B, d).
-            targets: Class indices (B,), or soft targets (B, C).
-        """
-        squared = (1.0 - self._cosines(output, targets)).square()
+    def _per_sample(self, cosines: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        squared = (1.0 - cosines).square()
         if targets.ndim == 1:
             targets, ones = targets.long(), torch.ones_like(squared)
             counts = torch.zeros(self.head.num_classes, device=squared.device).index_add_(0, targets, ones)
-            return self._reduce(0.5 * self._squared_lengths(counts, len(targets))[targets] * squared)
+            return 0.5 * self._squared_lengths(counts, len(targets))[targets] * squared
         shares = targets.to(squared.dtype)
         shares = shares - shares.amin(dim=1, keepdim=True)
         shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
         squared_lengths = self._squared_lengths(shares.sum(dim=0), len(targets))
-        return self._reduce(0.5 * (shares * squared_lengths * squared).sum(dim=1))
+        return 0.5 * (shares * squared_lengths * squared).sum(dim=1)
 
     @staticmethod
     def _squared_lengths(counts: torch.Tensor, batch_size: int) -> torch.Tensor:

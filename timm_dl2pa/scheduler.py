@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .assignment import MAX_SCORES, solve_assignment
-from .class_means import ClassMeans
+from .alignment import align_prototypes
+from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
+from .class_means import ClassMeans, RunningClassMeans
 from .head import DL2PAHead
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
@@ -43,6 +44,16 @@ class AssignmentScheduler:
     batch is folded in. So none comes between training and validation, a checkpoint holds the assignment that its
     metric was measured with, and none comes after the last batch.
 
+    By default training begins with a warm-up: until the first re-solve the head's class vectors in training are not
+    prototypes but running means of each class's latest embeddings, seen from their common mean. They take no
+    parameters. That first re-solve rotates the whole prototype set, which leaves it as evenly spread, and matches, in
+    turns, until both fit the class means (`align_prototypes`). So the first assignment follows what the network sees,
+    not chance; later re-solves, which see embeddings that training has pulled to their prototypes, move little. The
+    rotated prototypes are written into the head's buffer. In evaluation the head always classifies by its prototypes,
+    as a checkpoint of that moment does: before the first re-solve that is no better than chance.
+
+    `warmup=0` is the paper's rule: any assignment to begin with, which matching improves.
+
     The class means are running sums of unit embeddings; each re-solve multiplies what was summed by `momentum`. (The
     paper's moving average weighs the batches within an epoch instead. The sums do not depend on how samples fall into
     batches or processes.) In a distributed run (`torch.distributed` initialised) every process must make the same
@@ -58,6 +69,9 @@ class AssignmentScheduler:
         start: No re-solve falls due before so many batches (epochs, if `interval` is 'epoch').
         stop: None falls due after so many batches (epochs); 0 keeps the assignment static. Default: never stops.
         momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
+        warmup: Length of the warm-up in batches (epochs, if `interval` is 'epoch'), at least up to `start`; a re-solve
+            falls due at its end. Default: one interval, whole epochs rather than a few batches being what it takes.
+            math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
 
     Raises:
         ValueError: The model has no DL2PA head, its heads differ, or a number is out of range.
@@ -78,6 +92,7 @@ class AssignmentScheduler:
             start: int = 0,
             stop: int | None = None,
             momentum: float = 0.5,
+            warmup: float | None = None,
     ):
         self.heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
         if not self.heads:
@@ -90,6 +105,10 @@ class AssignmentScheduler:
             raise ValueError(f'stop must be at least 0 or None, not {stop}.')
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
+        if warmup is None:
+            warmup = 1 if interval == 'epoch' else interval
+        if not warmup >= 0:
+            raise ValueError(f'warmup must be at least 0, not {warmup}.')
         head = self.heads[0]
         for other in self.heads[1:]:
             if other.num_classes != head.num_classes or not torch.equal(other.prototypes, head.prototypes):
@@ -102,6 +121,7 @@ class AssignmentScheduler:
         self.start = start
         self.stop = stop
         self.momentum = momentum
+        self.warmup = warmup
         self.steps = 0
         self.epochs = 0
         self.history: list[AssignmentUpdate] = []
@@ -109,6 +129,34 @@ class AssignmentScheduler:
         self._due = False
         self._embeddings: torch.Tensor | None = None
         head.observer = self._observe
+        self._running: RunningClassMeans | None = None
+        self._set_warmup(warmup > 0 and stop != 0)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether class means stand in for the prototypes."""
+        return self._running is not None
+
+    def end_warmup(self) -> None:
+        """Have the re-solve that ends the warm-up fall due now, whatever `warmup` says. Afterwards it does nothing."""
+        self._due |= self.warming_up
+
+    def skip_warmup(self) -> None:
+        """End the warm-up without a re-solve, and forget the class sums: the assignment in force is a good one."""
+        self._set_warmup(False)
+        self._due = False
+        self.class_means.reset()
+
+    def _set_warmup(self, on: bool) -> None:
+        head = self.heads[0]
+        self._running = RunningClassMeans(head.num_classes, head.dim, device=head.prototypes.device) if on else None
+        self._give_vectors()
+
+    def _give_vectors(self) -> None:
+        # A new tensor each time: the old one may be needed for a backward pass that is still to come.
+        vectors = None if self._running is None else self._running.directions()
+        for head in self.heads:
+            head.warmup_vectors = vectors
 
     def _observe(self, embeddings: torch.Tensor) -> None:
         self._embeddings = embeddings
@@ -139,10 +187,14 @@ class AssignmentScheduler:
         update = self.resolve_if_due()
         if self.class_means.sums.device != embeddings.device:
             self.class_means.to(embeddings.device)
-        self.class_means.add(embeddings, targets.to(embeddings.device, non_blocking=True))
+        targets = targets.to(embeddings.device, non_blocking=True)
+        self.class_means.add(embeddings, targets)
+        if self._running is not None:
+            self._running.to(embeddings.device).add(embeddings, targets)
+            self._give_vectors()
         self._embeddings = None
         self.steps += 1
-        if self.interval != 'epoch' and self.steps % self.interval == 0:
+        if self.interval != 'epoch':
             self._mark(self.steps)
         return update
 
@@ -174,8 +226,10 @@ class AssignmentScheduler:
         self.class_means.merge()
 
     def _mark(self, count: int) -> None:
-        if count >= self.start and (self.stop is None or count <= self.stop):
-            self._due = True
+        if self.warming_up:
+            self._due |= count >= max(self.warmup, self.start)
+        elif self.interval == 'epoch' or count % self.interval == 0:
+            self._due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def _resolve(self) -> AssignmentUpdate:
         began = time.perf_counter()
@@ -192,9 +246,11 @@ class AssignmentScheduler:
             dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], Exception):
             raise answer[0]
-        result = answer[0]
+        result, prototypes = answer[0]
         for head in self.heads:
-            head.assign(result.assignment)
+            head.assign(result.assignment, prototypes)
+        if self.warming_up:
+            self._set_warmup(False)
         self.class_means.decay(self.momentum)
         self._due = False
         update = AssignmentUpdate(
@@ -208,11 +264,23 @@ class AssignmentScheduler:
         self.history.append(update)
         return update
 
-    def _solve(self):
+    def _solve(self) -> tuple[AssignmentResult, torch.Tensor | None]:
+        """Return the assignment and, at the end of the warm-up, the rotated prototypes."""
         self.class_means.check()
         head = self.heads[0]
-        return solve_assignment(
-            class_means=self.class_means.directions(), prototypes=head.prototypes, start=head.assignment)
+        if self._running is None:
+            result = solve_assignment(
+                class_means=self.class_means.directions(), prototypes=head.prototypes, start=head.assignment)
+            return result, None
+        means = self._running.directions()
+        aligned = align_prototypes(means, head.prototypes, seed=head.config.seed)
+        before = head.assignment.cpu()
+        return AssignmentResult(
+            assignment=aligned.assignment,
+            moved=int((aligned.assignment != before).sum()),
+            objective_before=float((means.double() * head.class_prototypes.double()).sum()),
+            objective=aligned.objective,
+        ), aligned.prototypes
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
@@ -226,6 +294,7 @@ class AssignmentScheduler:
             'epochs': self.epochs,
             'due': self._due,
             'history': history,
+            'running': None if self._running is None else self._running.state_dict(),
             **self.class_means.state_dict(),
         }
 
@@ -237,6 +306,11 @@ class AssignmentScheduler:
         """
         steps, epochs, due = state['steps'], state['epochs'], state['due']
         history = [AssignmentUpdate(**update) for update in state['history']]
+        running = state.get('running')  # states of version 0.1.0 have none
         self.class_means.load_state_dict(state)
+        self._set_warmup(running is not None)
+        if running is not None:
+            self._running.load_state_dict(running)
+            self._give_vectors()
         self.steps, self.epochs, self._due, self.history = steps, epochs, due, history
         self._embeddings = None

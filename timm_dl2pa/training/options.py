@@ -26,10 +26,11 @@ class PluginOptions:
     num_prototypes: int | None = _option(None, (int,), 'K, at least the number of classes (default: that number)')
     prototypes: str | None = _option(None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa prototypes --out` '
                                                    'writes it (default: made with the seed)')
-    neck: str = _option('linear', (str,), f'one of {", ".join(NECKS)} (default: linear)')
-    scale: float | None = _option(None, (int, float), 'factor on the cosines in the logits (default: by the number of '
-                                                      'classes)')
-    learn_scale: bool = _option(False, (bool,), 'make the scale a parameter')
+    neck: str = _option('linear_bn', (str,), f'one of {", ".join(NECKS)} (default: linear_bn)')
+    scale: float | None = _option(None, (int, float), 'factor on the cosines in the logits, which then is fixed '
+                                                      '(default: learned, or by the number of classes)')
+    learn_scale: bool | None = _option(None, (bool,), "make the scale a parameter (default: with the script's own "
+                                                      'loss, if no scale is given)')
     seed: int = _option(0, (int,), 'of the prototypes (default: 0)')
     loss: str = _option('criterion', (str,), "criterion (the script's own, on the logits), squared_cosine or "
                                              'dot_regression, which take its place (default: criterion)')
@@ -39,6 +40,10 @@ class PluginOptions:
     start: int = _option(0, (int,), 'no re-solve before so many epochs, or batches (default: 0)')
     stop: int | None = _option(None, (int,), 'none after so many; 0 keeps the assignment static (default: never stops)')
     momentum: float = _option(0.5, (int, float), 'factor on the class sums after each re-solve (default: 0.5)')
+    warmup_epochs: int = _option(1, (int,), "epochs trained towards running class means before the first assignment; 0 "
+                                            "is the paper's rule (default: 1)")
+    prime: int = _option(0, (int,), 'number of batches at the start that are not trained on, but set assignment and '
+                                    'neck by a pretrained backbone; takes the place of the warm-up (default: 0)')
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -50,6 +55,9 @@ class PluginOptions:
                 raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
         if self.loss not in LOSSES:
             raise ValueError(f'{PREFIX}loss must be one of {", ".join(LOSSES)}, not {self.loss!r}.')
+        for name in ('warmup_epochs', 'prime'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{PREFIX}{name} must be at least 0, not {getattr(self, name)}.')
         if self.loss == 'criterion' and self.loss_weight is not None:
             raise ValueError(f"{PREFIX}loss_weight is for our losses: it has no meaning with {PREFIX}loss='criterion'.")
 
@@ -73,5 +81,8 @@ class PluginOptions:
 
     def head_arguments(self) -> dict[str, Any]:
         """Return those that `wrap_dl2pa` takes."""
-        names = ('dim', 'num_prototypes', 'prototypes', 'neck', 'scale', 'learn_scale', 'seed')
-        return {name: getattr(self, name) for name in names}
+        names = ('dim', 'num_prototypes', 'prototypes', 'neck', 'scale', 'seed')
+        learn_scale = self.learn_scale
+        if learn_scale is None:
+            learn_scale = self.loss == 'criterion' and self.scale is None
+        return {**{name: getattr(self, name) for name in names}, 'learn_scale': learn_scale}

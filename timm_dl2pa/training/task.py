@@ -1,6 +1,7 @@
 """What a training task of timm's does with a DL2PA model: step 2, its state, its report."""
 import csv
 import logging
+import math
 import os
 from dataclasses import asdict, replace
 from functools import cache
@@ -13,7 +14,9 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
+from ..head import DL2PAHead
 from ..losses import DotRegressionLoss, SquaredCosineLoss
+from ..priming import Primer
 from ..scheduler import AssignmentScheduler, AssignmentUpdate
 from .creation import plugin_options
 
@@ -50,13 +53,18 @@ class DL2PATask(TrainingTask):
             start=options.start,
             stop=options.stop,
             momentum=options.momentum,
+            # Counted here: the interval may be in batches.
+            warmup=math.inf if options.warmup_epochs and not options.prime else 0,
         )
+        self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
         replaced = self._take_loss()
         self.dl2pa_heads[0].mode_observer = self._mode_changed
         # Counted since the model was last set to training.
         self._batches = 0
         self._updates = 0
+        self._primed_batches = 0
+        self._rotated = False
         self._checked = False
         self._merge_interval: int | None = None
         self._record: Path | None = None
@@ -67,7 +75,10 @@ class DL2PATask(TrainingTask):
             _logger.info(
                 f'DL2PA: {type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
                 f'{head.num_classes} classes, loss {options.loss}{replaced}, '
-                + ('static assignment' if options.stop == 0 else f're-solved every {interval}, solver scipy (exact)'))
+                + ('static assignment' if options.stop == 0 else f're-solved every {interval}, solver scipy (exact)')
+                + (f', primed by the first {options.prime} batches' if options.prime else
+                   f', after a warm-up of {options.warmup_epochs} epochs' if self.assignment_scheduler.warming_up
+                   else ''))
 
     def _take_loss(self) -> str:
         """Put our loss in the criterion's place if it is asked for; return what to say of that."""
@@ -91,6 +102,8 @@ class DL2PATask(TrainingTask):
             return
         if training:
             self.assignment_scheduler.epoch_end()
+            if self.assignment_scheduler.epochs >= self.dl2pa_options.warmup_epochs:
+                self.assignment_scheduler.end_warmup()
             self._batches = self._updates = 0
         else:
             self.assignment_scheduler.merge()
@@ -101,13 +114,39 @@ class DL2PATask(TrainingTask):
             return super().forward(input, target)
         if not self._checked:
             self._check_first_batch(target)
+        if self._primer is not None:
+            if self._primed_batches < self.dl2pa_options.prime:
+                return self._gather(input, target)
+            self._prime()
+        warming_up = self.assignment_scheduler.warming_up
         update = self.assignment_scheduler.resolve_if_due()
         if update is not None:
+            self._rotated |= self.assignment_scheduler.warming_up != warming_up
             self._report(update)
         result = super().forward(input, target)
         self.assignment_scheduler.step(target)
         self._batches += 1
         return result
+
+    def _gather(self, input: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run timm's forward and gather the features, with a loss that has no gradient.
+
+        The script has the loader, the task sees one batch after the other: those that it gathers are not trained on.
+        """
+        result = super().forward(input, target)
+        result['loss'] = 0.0 * result['loss'].nan_to_num()
+        self._primer.add(target)
+        self._batches += 1
+        self._primed_batches += 1
+        return result
+
+    def _prime(self) -> None:
+        explained = self._primer.finish(self.assignment_scheduler)
+        self._primer = None
+        self._rotated = True
+        if self.verbose:
+            _logger.info(f'DL2PA: primed by {self._primed_batches} batches, which were not trained on: the features '
+                         f"explain {100 * explained:.1f} % of the prototypes' variance")
 
     def _check_first_batch(self, target: torch.Tensor) -> None:
         if target.ndim == 2 and ((target.float().sum(dim=1) - 1).abs() > 0.01).any():
@@ -131,6 +170,13 @@ class DL2PATask(TrainingTask):
 
     def update_ema(self, step: int | None = None) -> None:
         super().update_ema(step=step)
+        if self._rotated and self.has_ema():
+            # A mean of prototypes before and after a rotation is on no sphere and fits neither's embeddings.
+            averaged = [module for module in self.get_trainable_module(ema=True).modules()
+                        if isinstance(module, DL2PAHead)]
+            for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
+                mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
+        self._rotated = False
         self._updates += 1
         # Under gradient accumulation timm's count within an epoch may jump at its end: then every update.
         interval = 1 if self._merge_interval and self._updates != self._batches else self._merge_interval
@@ -155,6 +201,8 @@ class DL2PATask(TrainingTask):
             state['dl2pa'] = {
                 'options': asdict(self.dl2pa_options),
                 'batches': self._batches,
+                'primed_batches': self._primed_batches,
+                'primer': self._primer and self._primer.state_dict(),
                 'scheduler': self.assignment_scheduler.state_dict(),
             }
         return state
@@ -175,6 +223,13 @@ class DL2PATask(TrainingTask):
             return
         self.assignment_scheduler.load_state_dict(state['dl2pa']['scheduler'])
         self._batches = state['dl2pa']['batches']
+        self._primed_batches = state['dl2pa'].get('primed_batches', 0)
+        primer = state['dl2pa'].get('primer')
+        if self._primer is not None and primer is not None:
+            self._primer.load_state_dict(primer)
+        elif self._primer is not None:
+            self._primer.close()
+            self._primer = None
 
     def summary(self) -> dict[str, float]:
         """Return the figures of the last re-solve, for timm's summary: objectives are means over the classes."""

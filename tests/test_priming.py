@@ -1,0 +1,191 @@
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
+
+CLASSES, FEATURES = 20, 24
+
+
+class Model(nn.Module):
+    """A "backbone" that is a fixed, badly conditioned, off-centre map."""
+
+    def __init__(self, dim, neck='linear', heads=1):
+        super().__init__()
+        self.mix = nn.Linear(FEATURES, FEATURES)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.mix.weight.copy_(torch.randn(FEATURES, FEATURES) / 5)
+            self.mix.bias.copy_(2 + torch.randn(FEATURES))
+            self.heads = nn.ModuleList([DL2PAHead(FEATURES, CLASSES, dim, neck=neck) for _ in range(heads)])
+
+    def forward(self, x):
+        features = self.mix(x)
+        return next(iter([head(features) for head in self.heads]))
+
+
+def batches(number, rows=64, seed=0, spread=1.0):
+    """Classes in four families."""
+    fixed = torch.Generator().manual_seed(99)
+    centres = (2 * torch.randn(4, FEATURES, generator=fixed))[torch.arange(CLASSES) % 4] \
+        + torch.randn(CLASSES, FEATURES, generator=fixed)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(number):
+        labels = torch.randint(0, CLASSES, (rows,), generator=generator)
+        yield centres[labels] + spread * torch.randn(rows, FEATURES, generator=generator), labels
+
+
+def accuracy(model, x, labels):
+    return (model.eval()(x).argmax(1) == labels).double().mean().item()
+
+
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+def test_a_primed_head_is_as_good_as_the_nearest_class_mean(neck):
+    model = Model(CLASSES - 1, neck)
+    (train, train_labels), (test, labels) = next(batches(1, 4000)), next(batches(1, 2000, seed=1))
+    with torch.no_grad():
+        features, tested = model.mix(train), model.mix(test)
+    means = torch.stack([features[train_labels == label].mean(0) for label in range(CLASSES)])
+    nearest = (torch.cdist(tested, means).argmin(1) == labels).double().mean().item()
+    assert accuracy(model, test, labels) < 0.2
+    prime(model, [(train, train_labels)], progress=False)
+    assert 0.5 < nearest < accuracy(model, test, labels) + 0.02
+
+
+def test_it_is_the_least_squares_neck():
+    """But for the ridge: the solution of the normal equations, in which each class counts the same."""
+    model = Model(6)
+    x, labels = next(batches(1, 4000))
+    prime(model, [(x, labels)], progress=False)
+    head = model.heads[0]
+    with torch.no_grad():
+        features = model.mix(x).double()
+        means = torch.stack([features[labels == label].mean(0) for label in range(CLASSES)])
+        assert head.neck(means.mean(0).float()).abs().max() < 1e-4 * head.neck(features.float()).abs().max()
+        features = features - means.mean(0)
+        share = (1 / torch.bincount(labels, minlength=CLASSES)[labels].double()).unsqueeze(1)
+        target = share.sqrt() * head.class_prototypes[labels]
+        best = features @ torch.linalg.lstsq(share.sqrt() * features, target).solution
+        ours = features @ head.neck.weight.double().t()
+        fit = float((ours * best).sum() / ours.norm() / best.norm())
+    assert fit > 0.97
+
+
+def test_classes_that_look_alike_stand_close():
+    model = Model(4)
+    share = prime(model, batches(30), progress=False)
+    prototypes = model.heads[0].class_prototypes
+    cosines = prototypes @ prototypes.t()
+    family = torch.arange(CLASSES) % 4
+    same = (family.unsqueeze(0) == family.unsqueeze(1)) & ~torch.eye(CLASSES, dtype=bool)
+    assert cosines[same].mean() > 0.2 > 0 > cosines[family.unsqueeze(0) != family.unsqueeze(1)].mean()
+    assert 0.1 < share < 1
+
+
+def test_it_returns_the_share_of_variance_that_the_features_explain():
+    model = Model(6)
+    share = prime(model, batches(30), progress=False)
+    x, labels = next(batches(1, 4000, seed=1))
+    with torch.no_grad():
+        z, placed = model.heads[0].neck(model.mix(x)), model.heads[0].class_prototypes[labels]
+        factor = (z * placed).sum() / z.square().sum()
+        measured = 1 - (factor * z - placed).square().sum() / placed.square().sum()
+    assert share == pytest.approx(measured.item(), abs=0.03)
+
+
+def test_the_scheduler_goes_on_without_a_warmup_and_labels_stay():
+    model = Model(6)
+    scheduler = AssignmentScheduler(model, interval=2)
+    assert scheduler.warming_up
+    prime(model, batches(30), scheduler, progress=False)
+    assert not scheduler.warming_up and model.heads[0].warmup_vectors is None
+    assert not scheduler.class_means.sums.any()
+    before = model.heads[0].assignment.clone()
+    updates = []
+    for x, labels in batches(3, rows=500):
+        model.train()(x)
+        updates.append(scheduler.step(labels))
+    # The primed neck puts the class means where their prototypes are.
+    assert updates[2].step == 2 and updates[2].moved <= 6
+    assert (model.heads[0].assignment == before).sum() >= CLASSES - 6
+
+
+def test_only_the_head_changes_and_the_model_is_put_back():
+    model = Model(6, 'linear_bn').train()
+    model.mix.eval()
+    heard = []
+    model.heads[0].mode_observer = heard.append
+    before = copy.deepcopy(model.mix.state_dict())
+    random, variance = torch.get_rng_state(), None
+    loader = list(batches(30))
+    with torch.no_grad():
+        variance = model.heads[0].neck(model.mix(torch.cat([x for x, _ in loader]))).var(0).sum()
+    model.heads[0].neck[1].reset_running_stats()
+    prime(model, iter(loader), max_batches=30, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.mix.state_dict().items())
+    assert not model.mix.training and model.heads[0].training and model.heads[0].neck[1].training and not heard
+    assert torch.equal(random, torch.get_rng_state()) and variance > 0
+    assert model.heads[0].feature_observer is None
+    # Batch norm's statistics fit: evaluation and training see the same.
+    x = torch.cat([x for x, _ in loader])
+    with torch.no_grad():
+        head = model.heads[0]
+        trained = head.neck(model.mix(x))
+        away = model.eval().heads[0].neck(model.mix(x)) - trained
+    assert away.square().mean().sqrt() < 0.05 * trained.square().mean().sqrt()
+
+
+@pytest.mark.parametrize('neck', ['linear', 'none'])
+def test_several_heads_and_no_neck(neck):
+    model = Model(FEATURES if neck == 'none' else 6, neck, heads=2)
+    prime(model, batches(10), progress=False)
+    first, second = model.heads
+    assert first.assignment.tolist() != list(range(CLASSES))
+    assert torch.equal(first.assignment, second.assignment) and torch.equal(first.prototypes, second.prototypes)
+    x, labels = next(batches(1, 1000, seed=1))
+    assert accuracy(model, x, labels) > (0.3 if neck == 'none' else 0.5)
+
+
+def test_soft_targets_count_by_their_shares():
+    hard, soft = Model(6), Model(6)
+    soft.load_state_dict(hard.state_dict())
+    prime(hard, batches(10), progress=False)
+    prime(soft, ((x, nn.functional.one_hot(labels, CLASSES).float()) for x, labels in batches(10)), progress=False)
+    assert torch.allclose(hard.heads[0].neck.weight, soft.heads[0].neck.weight, atol=1e-5)
+
+
+def test_unseen_classes_are_told_of():
+    model = Model(6)
+    with pytest.warns(UserWarning, match='1 of 20 classes had no images, class 7'):
+        prime(model, ((x[labels != 7], labels[labels != 7]) for x, labels in batches(10)), progress=False)
+    assert torch.isfinite(model.heads[0].neck.weight).all()
+    assert sorted(model.heads[0].assignment.tolist()) == list(range(CLASSES))
+
+
+@pytest.mark.parametrize('loader, message', [
+    ([], 'gave no batch'), ([(torch.zeros(3, FEATURES), torch.zeros(2, dtype=int))], 'targets must be class indices'),
+    ([(torch.zeros(3, FEATURES), torch.tensor([0, 1, 20]))], 'targets must be within 0..19, not from 0 to 20'),
+    ([(torch.full((3, FEATURES), float('nan')), torch.tensor([0, 1, 2]))], 'features .* not finite')])
+def test_bad_input_changes_nothing(loader, message):
+    model = Model(6)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        prime(model, loader, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.heads[0].feature_observer is None
+
+
+def test_what_cannot_be_primed():
+    with pytest.raises(ValueError, match=r'Linear.*no DL2PAHead'):
+        prime(nn.Linear(2, 2), [])
+    with pytest.raises(ValueError, match='scheduler is of another model'):
+        prime(Model(6), [], AssignmentScheduler(Model(6)))
+
+
+def test_the_bar_is_on_stderr_and_can_be_left_out(capsys):
+    prime(Model(6), list(batches(3)))
+    assert '3/3' in capsys.readouterr().err
+    prime(Model(6), list(batches(3)), progress=False)
+    assert capsys.readouterr().err == ''

@@ -1,0 +1,258 @@
+"""prime: a head set by the features of a trained backbone, before the first step of training."""
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from .alignment import align_prototypes
+from .class_means import shares_of
+from .head import DL2PAHead
+from .scheduler import AssignmentScheduler
+
+__all__ = ['Primer', 'prime']
+
+# Share of the mean variance that is added to each direction's, so that those without any do not count for much.
+_RIDGE = 0.01
+_SUMS = ('counts', 'sums', 'squares')
+
+
+class _Features:
+    """Sums of a head's input features (B, F), over classes and in all, in float64."""
+
+    def __init__(self, head: DL2PAHead):
+        device = head.prototypes.device
+        # MPS has no float64.
+        kind = dict(dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+        self.num_classes = head.num_classes
+        self.counts = torch.zeros(head.num_classes, **kind)
+        self.sums = torch.zeros(head.num_classes, head.in_features, **kind)
+        self.squares = torch.zeros(head.in_features, head.in_features, **kind)
+        self.features: torch.Tensor | None = None
+        head.feature_observer = self._observe
+
+    def _observe(self, features: torch.Tensor) -> None:
+        self.features = features
+
+    def add(self, targets: torch.Tensor) -> None:
+        if targets.shape not in ((len(self.features),), (len(self.features), self.num_classes)):
+            raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}) for the '
+                             f'{len(self.features)} images, not of the shape {tuple(targets.shape)}.')
+        if targets.ndim == 1 and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+            raise ValueError(f'targets must be within 0..{self.num_classes - 1}, not from {int(targets.min())} to '
+                             f'{int(targets.max())}.')
+        features = self.features.to(self.sums)
+        for labels, share in shares_of(targets.to(features.device), self.num_classes):
+            share = torch.ones_like(features[:, :1]) if share is None else share.to(features)
+            self.counts.index_add_(0, labels, share.squeeze(1))
+            self.sums.index_add_(0, labels, share * features)
+        self.squares += features.t() @ features
+        self.features = None
+
+    def gather(self) -> None:
+        """Add up the processes' sums."""
+        if dist.is_available() and dist.is_initialized():
+            for total in (self.counts, self.sums, self.squares):
+                dist.all_reduce(total)
+
+    def solution(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the centre (F,), the centred class means (C, F), which classes were seen (C,), and the covariance
+        (F, F) in which each class counts the same, with its ridge."""
+        counts, sums, squares = (getattr(self, name).double().cpu().numpy() for name in _SUMS)
+        if not np.isfinite(squares).all():
+            raise ValueError('the features that the head was given are not finite.')
+        seen = counts > 0
+        means = np.divide(sums, counts[:, None], out=np.zeros_like(sums), where=seen[:, None])
+        centre = means[seen].mean(axis=0)
+        within = (squares - sums.T @ means) / counts.sum()
+        centred = np.where(seen[:, None], means - centre, 0.0)
+        covariance = within + centred.T @ centred / seen.sum()
+        ridge = max(_RIDGE * np.trace(covariance) / len(covariance), np.finfo(np.float32).tiny)
+        return centre, centred, seen, covariance + ridge * np.eye(len(covariance))
+
+
+class Primer:
+    """Gathers the features that the heads of a model are given, and sets the heads by them: `prime`, in two steps.
+
+    Example:
+        >>> primer = Primer(heads)
+        >>> for images, targets in loader:
+        ...     model(images)
+        ...     primer.add(targets)
+        >>> primer.finish()
+    """
+
+    def __init__(self, heads: Sequence[DL2PAHead]):
+        self.heads = heads
+        self._statistics = [_Features(head) for head in heads]
+
+    def add(self, targets: torch.Tensor) -> None:
+        """Fold in the features of the last forward, with its targets (B,) or (B, C)."""
+        for found in self._statistics:
+            found.add(targets)
+
+    def close(self) -> None:
+        """Observe no longer."""
+        for head in self.heads:
+            head.feature_observer = None
+
+    @torch.no_grad()
+    def finish(self, scheduler: AssignmentScheduler | None = None) -> float:
+        """Set the heads, end the scheduler's warm-up and observe no longer; what `prime` returns and raises."""
+        self.close()
+        for found in self._statistics:
+            found.gather()
+        counts = self._statistics[0].counts
+        if not counts.sum() > 0:
+            raise ValueError('loader gave no batch to prime from.')
+        solutions = [found.solution() for found in self._statistics]
+        head, (centre, means, seen, covariance) = self.heads[0], solutions[0]
+        if not seen.all():
+            warnings.warn(f'{(~seen).sum()} of {len(seen)} classes had no images, class {np.flatnonzero(~seen)[0]} '
+                          f'the first of them: they stand at the prototypes that the others left.', stacklevel=3)
+        if head.config.neck == 'none':
+            # No neck could take the centre away.
+            aligned = align_prototypes(_unit_rows(means + np.where(seen[:, None], centre, 0.0)), head.prototypes)
+            answer = [(aligned.assignment, aligned.prototypes, aligned.objective / seen.sum())]
+        else:
+            answer = [_fit(means, covariance, head.prototypes)]
+        if dist.is_available() and dist.is_initialized():
+            # The sums are equal everywhere, but processors may differ in the last bit.
+            dist.broadcast_object_list(answer, src=0)
+        assignment, prototypes, explained = answer[0]
+        for head, solution in zip(self.heads, solutions):
+            head.assign(assignment, prototypes)
+            if head.config.neck != 'none':
+                _set_neck(head, *solution)
+        if scheduler is not None:
+            scheduler.skip_warmup()
+        return float(explained)
+
+    def state_dict(self) -> list[dict[str, torch.Tensor]]:
+        """Return the sums so far, of each head, as copies on the CPU."""
+        return [{name: getattr(found, name).cpu().clone() for name in _SUMS} for found in self._statistics]
+
+    def load_state_dict(self, state: list[dict[str, torch.Tensor]]) -> None:
+        """Go on from a state. In a distributed run all processes load the same one: rank 0 keeps it."""
+        keep = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        for found, saved in zip(self._statistics, state, strict=True):
+            for name in _SUMS:
+                getattr(found, name).copy_(saved[name] if keep else torch.zeros_like(saved[name]))
+
+
+def prime(
+        model: nn.Module,
+        loader: Iterable[Any],
+        scheduler: AssignmentScheduler | None = None,
+        *,
+        max_batches: int | None = None,
+        progress: bool = True,
+) -> float:
+    """Set assignment, rotation of the prototypes and neck by a trained backbone's features, in one pass over images.
+
+    The neck is that which in the least squares maps each sample's features to its class's prototype, each class
+    counting the same: `W = P_a^T M S^-1 / C`, with the centred class means M (C, F) and the features' covariance S
+    (and a hundredth of its mean variance added). What it explains is greatest where `sum_cd G_cd <p_a(c), p_a(d)>` is,
+    with the similarity `G = M S^-1 M^T` of the classes. So the prototypes are aligned (`align_prototypes`) to the d
+    leading directions of G, with three weightings of these, of which the one that explains the most counts.
+
+    The outputs of a linear neck keep the total variance that they had, for the learning rate's sake. A warm-up of
+    the scheduler is skipped: there is an assignment. Nothing else is changed.
+
+    Args:
+        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode and is put back. Where
+            it has several heads, the first decides the assignment, and each neck is set by its own features.
+        loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
+            indices (B,), or soft targets (B, C). Training images, best without augmentation.
+        scheduler: The model's, if there is one.
+        max_batches: Take no more than so many. A few dozen images of a class suffice.
+        progress: Show a bar on stderr (on rank 0).
+
+    In a distributed run every process calls it with its own part of the images.
+
+    Returns:
+        The share of the prototypes' variance that the features explain, 0 to 1. (With `neck='none'` there is no fit: it
+        is the mean cosine of a class mean with its prototype.)
+
+    Raises:
+        ValueError: The model has no DL2PA head, the scheduler is another model's, no batch came, targets do not fit, or
+            features are not finite. The model was not changed.
+    """
+    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+    if not heads:
+        raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    if scheduler is not None and scheduler.heads[0] is not heads[0]:
+        raise ValueError('scheduler is of another model: make it with the model that is primed.')
+    # DistributedDataParallel's own forward would wait for the other processes, whose parts may be smaller.
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    first = next(inner.parameters(), heads[0].prototypes)
+    quiet = not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
+    total = len(loader) if hasattr(loader, '__len__') else None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    modes = {module: module.training for module in inner.modules()}
+    primer = Primer(heads)
+    try:
+        for module in modes:  # not by eval(), of which a training task would hear as of an epoch's end
+            module.training = False
+        with torch.no_grad(), tqdm(total=total, desc='prime', disable=quiet, unit='batch') as bar:
+            for batch in islice(loader, max_batches):
+                inner(batch[0].to(first.device, first.dtype, non_blocking=True))
+                primer.add(batch[1])
+                bar.update()
+    finally:
+        primer.close()
+        for module, mode in modes.items():
+            module.training = mode
+    return primer.finish(scheduler)
+
+
+def _fit(means: np.ndarray, covariance: np.ndarray, prototypes: torch.Tensor
+         ) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return assignment, rotated prototypes and the share of variance explained."""
+    similarity = means @ np.linalg.solve(covariance, means.T)  # G, (C, C)
+    values, vectors = np.linalg.eigh(similarity)
+    dim, best = prototypes.shape[1], None
+    values, vectors = np.maximum(values[::-1][:dim], 0.0), vectors[:, ::-1][:, :dim]
+    # How much the first directions, those of families of classes, should weigh in the alignment depends on the classes.
+    for power in (0.5, 1.0, 2.0):
+        rows = np.pad(vectors * values ** power, ((0, 0), (0, dim - vectors.shape[1])))
+        found = align_prototypes(rows, prototypes)
+        placed = found.prototypes.double().numpy()[found.assignment.numpy()]
+        explained = float((similarity @ placed * placed).sum()) / len(means) ** 2
+        if best is None or explained > best[2]:
+            best = found.assignment, found.prototypes, explained
+    return best
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+
+
+def _set_neck(head: DL2PAHead, centre: np.ndarray, means: np.ndarray, seen: np.ndarray,
+              covariance: np.ndarray) -> None:
+    placed = head.class_prototypes.double().cpu().numpy() * seen[:, None]
+    weight = np.linalg.solve(covariance, means.T @ placed).T / seen.sum()  # (d, F)
+    linear = head.neck if isinstance(head.neck, nn.Linear) else head.neck[0]
+    old = linear.weight.detach().double().cpu().numpy()
+    variance = np.einsum('if,fg,ig->i', weight, covariance, weight)
+    if isinstance(head.neck, nn.Linear):
+        # As long as the embeddings were, about.
+        factor = np.sqrt(np.einsum('if,fg,ig->', old, covariance, old) / max(variance.sum(), 1e-30))
+        linear.weight.copy_(torch.from_numpy(factor * weight))
+        linear.bias.copy_(torch.from_numpy(-factor * weight @ centre))
+        return
+    # Batch norm takes the variance away and gives it back: together they are the linear map.
+    norm = head.neck[1]
+    linear.weight.copy_(torch.from_numpy(weight * np.sqrt(len(weight) / max(variance.sum(), 1e-30))))
+    variance *= len(weight) / max(variance.sum(), 1e-30)
+    norm.running_mean.copy_(torch.from_numpy(linear.weight.detach().double().cpu().numpy() @ centre))
+    norm.running_var.copy_(torch.from_numpy(variance))
+    norm.weight.copy_(torch.from_numpy(np.sqrt(variance + norm.eps)))
+    norm.bias.zero_()
