@@ -5,10 +5,11 @@
     python benchmarks/prototypes.py --gpu                # descent at (21841, 128) and (21841, 256)
 """
 import argparse
+import json
 import time
 
 import torch
-from results_file import write_results
+from results_file import RESULTS, write_results
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -38,8 +39,8 @@ def measure(num: int, dim: int, **options) -> dict:
     began = time.perf_counter()
     points, info = make_prototypes(num, dim, return_info=True, cache=False, **options)
     seconds = time.perf_counter() - began
-    # Two cores compare all pairs of a hundred thousand points in minutes.
-    quality = prototype_quality(points, max_work=2e13)
+    # Beyond 10^13 operations a sample is measured.
+    quality = prototype_quality(points, max_work=5e12)
     row = {
         'num_prototypes': num, 'dim': dim, **options, 'made_by': info.method, 'theorem': info.theorem,
         'max_cosine': round(quality.max_cosine, 8), 'sampled_rows': quality.sampled_rows if quality.sampled else None,
@@ -70,15 +71,20 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--large', action='store_true')
     parser.add_argument('--gpu', action='store_true')
+    parser.add_argument('--resume', action='store_true', help='keep the rows that are in the results already')
     args = parser.parse_args()
     threads = torch.get_num_threads() if args.large or args.gpu else 1
     torch.set_num_threads(threads)
-    results = []
+    name = 'prototypes' + ('_large' if args.large else '_gpu' if args.gpu else '')
+    path = RESULTS / f'{name}.json'
+    results = json.loads(path.read_text())['results'] if args.resume else []
+    done = [(r['num_prototypes'], r['dim'], r['objective'], r.get('method')) for r in results]
     with threadpool_limits(threads):
         for num, dim, options in tqdm(plan(args.large, args.gpu), unit='set'):
+            if (num, dim, options['objective'], options.get('method')) in done:
+                continue
             results.append(measure(num, dim, seed=args.seed, **options))
             tqdm.write(str(results[-1]))
-            name = 'prototypes' + ('_large' if args.large else '_gpu' if args.gpu else '')
             path = write_results(name, vars(args), results)
     print(path)
 
