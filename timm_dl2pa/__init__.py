@@ -1,11 +1,13 @@
 """Hyperspherical classification with dynamic label-to-prototype assignment (DL2PA, CVPR 2024) for timm models."""
 from .assignment import AssignmentResult, solve_assignment
 from .class_means import ClassMeans
+from .folding import fold_dl2pa
 from .head import DL2PAConfig, DL2PAHead, default_scale
 from .hub import load_model, save_model
 from .losses import DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
 from .prototypes import make_prototypes, uniformity
+from .registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
 from .scheduler import AssignmentScheduler, AssignmentUpdate
 
 __version__ = '0.1.0'
@@ -20,6 +22,7 @@ __all__ = [
     'DotRegressionLoss',
     'SquaredCosineLoss',
     'default_scale',
+    'fold_dl2pa',
     'load_model',
     'make_prototypes',
     'save_model',

@@ -11,7 +11,7 @@ import torch.nn as nn
 from .assignment import check_assignment, restore_whole_numbers
 from .prototypes import check_prototypes, make_prototypes, unit_rows
 
-__all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
+__all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale', 'heads_of']
 
 NECKS = ('linear', 'linear_bn', 'none')
 TRAIN_OUTPUTS = ('logits', 'embeddings')
@@ -43,6 +43,12 @@ class _Neck(nn.Sequential):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if not isinstance(module, nn.BatchNorm2d):
             super().add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 2:
+            return super().forward(x)
+        # Tokens (B, N, F): to BatchNorm1d they are rows like any.
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,11 @@ class DL2PAHead(nn.Module):
     Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
     parameter `log_scale` if it is learned.
+
+    In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
+    none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
+    (B, C, H, W); elsewhere any number of dimensions may come before the features. `auxiliary` tells a head from the
+    main one.
 
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
@@ -193,6 +204,9 @@ class DL2PAHead(nn.Module):
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
+        self.before: nn.Module = nn.Identity()
+        self.channels_first = False
+        self.auxiliary = False
         self.observer: Callable[[torch.Tensor], None] | None = None
         self.mode_observer: Callable[[bool], None] | None = None
 
@@ -238,7 +252,7 @@ class DL2PAHead(nn.Module):
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features)."""
-        z = self.neck(x)
+        z = self.neck(self.before(x))
         with _in_float32(z):
             z = z.float()
             length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
@@ -252,6 +266,9 @@ class DL2PAHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        if self.channels_first and x.dim() == 4:
+            rows = self.forward(x.permute(0, 2, 3, 1).flatten(0, 2))
+            return rows.unflatten(0, (x.shape[0], x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
         embeddings = self.embed(x)
         if self.training:
             if self.observer is not None:
@@ -345,3 +362,9 @@ class DL2PAHead(nn.Module):
             raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.config = config
+
+
+def heads_of(model: nn.Module) -> list[DL2PAHead]:
+    """Return the DL2PA heads of a model, the main one first."""
+    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+    return sorted(heads, key=lambda head: head.auxiliary)

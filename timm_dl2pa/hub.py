@@ -58,9 +58,11 @@ def save_model(
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model: its pretrained_cfg names '
                          f'no architecture.')
     tag = pretrained_cfg.get('tag')
+    # Of a model that timm's registry made as 'dl2pa', the backbone.
+    backbone = getattr(model, '_model_args', {}).get('dl2pa_backbone')
     config = {
         'format': _FORMAT,
-        'architecture': pretrained_cfg['architecture'] + (f'.{tag}' if tag else ''),
+        'architecture': backbone or pretrained_cfg['architecture'] + (f'.{tag}' if tag else ''),
         'model_args': model_args or {},
         'head': asdict(head.config),
         'label_names': label_names,

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from .assignment import MAX_SCORES, solve_assignment
 from .class_means import ClassMeans
-from .head import DL2PAHead
+from .head import heads_of
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
 
@@ -79,7 +79,7 @@ class AssignmentScheduler:
             stop: int | None = None,
             momentum: float = 0.5,
     ):
-        self.heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+        self.heads = heads_of(model)
         if not self.heads:
             raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
         if interval != 'epoch' and not (isinstance(interval, int) and interval >= 1):
