@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from .head import DL2PAHead, heads_of
-from .models import RemovedLinear, set_module
+from .models import RemovedLinear, loose_tensors, set_module
 
 __all__ = ['fold_dl2pa']
 
@@ -50,7 +50,8 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
     expected = lengths = None
     if images is not None:
         expected, lengths = _measure(model, heads, images)
-    folded = copy.deepcopy(model)
+    folded = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model)
+                                   if not tensor.is_leaf})
     for name in ('reset_classifier', 'get_classifier', 'dl2pa_options'):
         folded.__dict__.pop(name, None)
     like = next(model.parameters())

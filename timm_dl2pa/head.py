@@ -166,8 +166,9 @@ class DL2PAHead(nn.Module):
         super().__init__()
         if prototypes is not None:
             prototypes = torch.as_tensor(prototypes).detach()
-            check_prototypes(prototypes, num_classes)
-            prototypes = unit_rows(prototypes)
+            if not prototypes.is_meta:  # of a model whose shapes alone are tried
+                check_prototypes(prototypes, num_classes)
+                prototypes = unit_rows(prototypes)
             if prototypes.shape[1] != dim:
                 raise ValueError(f'prototypes have {prototypes.shape[1]} dimensions, but dim={dim}.')
             if num_prototypes not in (None, len(prototypes)):

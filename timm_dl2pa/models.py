@@ -52,8 +52,18 @@ def _timms_classifiers(model: nn.Module) -> Iterator[nn.Module]:
 def _skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its weights: every parameter and buffer is on the meta device."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
-    memo.update((id(buffer), buffer.to('meta')) for buffer in model.buffers())
+    memo.update((id(tensor), tensor.detach().to('meta')) for tensor in [*model.buffers(), *loose_tensors(model)])
     return copy.deepcopy(model, memo)
+
+
+def loose_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield tensors that modules keep beside parameters and buffers (LeViT's cache, say), which may have a history
+    that cannot be copied."""
+    for module in model.modules():
+        for value in vars(module).values():
+            values = value.values() if isinstance(value, dict) else [value]
+            yield from (tensor for tensor in values if isinstance(tensor, torch.Tensor)
+                        and not isinstance(tensor, nn.Parameter))
 
 
 def _reset(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
