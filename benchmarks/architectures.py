@@ -158,7 +158,9 @@ def main() -> int:
     names = [name for name in timm.list_models(args.pattern) if name != 'dl2pa']
     done: dict[str, dict] = {}
     if not args.pattern and UNFINISHED.exists():
-        done = {record['model']: record for record in map(json.loads, UNFINISHED.read_text().splitlines())}
+        # What failed is tried again.
+        done = {record['model']: record for record in map(json.loads, UNFINISHED.read_text().splitlines())
+                if record['ok']}
     for name in tqdm([name for name in names if name not in done], unit='model', initial=len(done), total=len(names),
                      file=sys.stderr):
         torch.manual_seed(args.seed)

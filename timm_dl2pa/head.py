@@ -26,6 +26,46 @@ def _in_float32(tensor: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
+@torch.fx.wrap
+def _unit_embeddings(z: torch.Tensor) -> torch.Tensor:
+    """Divide each row by its length, in float32."""
+    if torch.jit.is_scripting():
+        return _divided_by_length(z)
+    else:
+        with _in_float32(z):
+            return _divided_by_length(z)
+
+
+def _divided_by_length(z: torch.Tensor, shortest: float = _SHORTEST) -> torch.Tensor:
+    z = z.float()
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
+    return z / length.masked_fill(length < shortest, math.inf)
+
+
+@torch.fx.wrap
+def _cosines(embeddings: torch.Tensor, class_prototypes: torch.Tensor) -> torch.Tensor:
+    if torch.jit.is_scripting():
+        return embeddings.float() @ class_prototypes.t()
+    else:
+        with _in_float32(embeddings):
+            return embeddings.float() @ class_prototypes.t()
+
+
+@torch.fx.wrap
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    """Return maps (B, F, H, W) as rows (B H W, F); rows as they are."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2) if maps.dim() == 4 else maps
+
+
+@torch.fx.wrap
+def _like_maps(rows: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Undo `_rows(maps)`, for rows of any length."""
+    if maps.dim() != 4:
+        return rows
+    return rows.reshape(maps.shape[0], maps.shape[2], maps.shape[3], rows.shape[1]).permute(0, 3, 1, 2)
+
+
 def default_scale(num_classes: int) -> float:
     """Return the scale of the cosines that lets a perfect embedding reach the probability P = 0.9999.
 
@@ -45,10 +85,10 @@ class _Neck(nn.Sequential):
             super().add_module(name, module)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 2:
-            return super().forward(x)
-        # Tokens (B, N, F): to BatchNorm1d they are rows like any.
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)  # tokens (B, N, F) are rows like any, but not to BatchNorm1d
+        for module in self:
+            rows = module(rows)
+        return rows.reshape(x.shape[:-1] + rows.shape[-1:])
 
 
 @dataclass(frozen=True)
@@ -146,6 +186,8 @@ class DL2PAHead(nn.Module):
 
     prototypes: torch.Tensor
     assignment: torch.Tensor
+    # TorchScript compiles properties, and knows no configs.
+    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes')
 
     def __init__(
             self,
@@ -249,34 +291,27 @@ class DL2PAHead(nn.Module):
 
     def current_scale(self) -> torch.Tensor:
         """Return the factor on the cosines, () float32; with a gradient if it is learned."""
-        return self.log_scale.float().exp() if self.config.learn_scale else self.scale
+        return self.log_scale.float().exp() if hasattr(self, 'log_scale') else self.scale
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features)."""
-        z = self.neck(self.before(x))
-        with _in_float32(z):
-            z = z.float()
-            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-            # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
-            return z / length.masked_fill(length < _SHORTEST, math.inf)
+        return _unit_embeddings(self.neck(self.before(x)))
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class."""
-        with _in_float32(embeddings):
-            return embeddings.float() @ self.class_prototypes.t()
+        return _cosines(embeddings, self.prototypes[self.assignment])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
-        if self.channels_first and x.dim() == 4:
-            rows = self.forward(x.permute(0, 2, 3, 1).flatten(0, 2))
-            return rows.unflatten(0, (x.shape[0], x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
-        embeddings = self.embed(x)
-        if self.training:
+        embeddings = self.embed(_rows(x) if self.channels_first else x)
+        if torch.jit.is_scripting() or not self.training:
+            out = self.cosines(embeddings) * self.current_scale()
+        else:
             if self.observer is not None:
                 self.observer(embeddings.detach())
-            if self.config.train_output == 'embeddings':
-                return embeddings
-        return self.cosines(embeddings) * self.current_scale()
+            out = embeddings if self.train_output == 'embeddings' else \
+                self.cosines(embeddings) * self.current_scale()
+        return _like_maps(out, x) if self.channels_first else out
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the `mode_observer`."""

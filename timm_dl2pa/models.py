@@ -86,7 +86,7 @@ def _find_places(model: nn.Module) -> list[_Place]:
     classifiers = list(_timms_classifiers(model))
     unseen = 1 + max([len(p) for p in model.parameters() if p.dim()], default=0)
     plan = _skeleton(model)
-    old = {id(module) for module in plan.modules()}
+    old = set(plan.modules())
     with torch.device('meta'):
         _reset(plan, unseen)
         other = dict(plan.named_modules())
@@ -97,7 +97,7 @@ def _find_places(model: nn.Module) -> list[_Place]:
     for path, module in modules.items():
         if not _is_linear(module):
             continue
-        if path in other and (id(other[path]) in old or len(next(other[path].parameters(), ())) != unseen):
+        if path in other and (other[path] in old or len(next(other[path].parameters(), ())) != unseen):
             continue
         owner = next((i for i, classifier in enumerate(classifiers) if module in set(classifier.modules())), None)
         order[path] = len(classifiers) if owner is None else owner
