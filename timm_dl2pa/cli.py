@@ -3,6 +3,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm.utils import ParseKwargs
+
 from . import __version__
 
 
@@ -43,6 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument('checkpoint', metavar='CHECKPOINT')
     inspect.add_argument('--all', action='store_true', dest='all_classes', help='list the margins of all classes')
 
+    fold = commands.add_parser(
+        'fold',
+        help='make the checkpoint of a plain timm model from that of a DL2PA model',
+        description='Multiplies neck and prototypes to one linear layer, as timm makes it, which ranks the classes of '
+                    'every image as before (probabilities differ). The result needs timm alone.',
+    )
+    fold.add_argument('checkpoint', metavar='CHECKPOINT', help="of timm's train.py, a state dict, or a folder of save_model's")
+    fold.add_argument('output', metavar='OUT', help='a new file: .safetensors, or .pth')
+    fold.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    fold.add_argument('--normalize', action='store_true', help='keep the exact logits, in a classifier of three layers')
+    fold.add_argument('--model', metavar='NAME', help='the backbone, where the checkpoint does not say')
+    fold.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
+                      help='its arguments and the dl2pa_... options, where the checkpoint does not say')
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ['run']:
         # Its options may stand anywhere among the script's, which argparse's subcommands do not know.
@@ -50,7 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_script(arguments[1:])
         return 0
     options = vars(parser.parse_args(arguments))
-    if options.pop('command') == 'inspect':
+    command = options.pop('command')
+    if command == 'fold':
+        from .training.plain import fold_checkpoint
+        try:
+            print(fold_checkpoint(options.pop('checkpoint'), **options))
+        except (ValueError, OSError) as error:
+            fold.exit(2, f'timm-dl2pa fold: {error}\n')
+        return 0
+    if command == 'inspect':
         from .training.inspection import inspect_checkpoint
         try:
             for line in inspect_checkpoint(options['checkpoint'], options['all_classes']):
