@@ -101,9 +101,8 @@ def check(name: str, max_parameters: int) -> dict[str, Any]:
     heads = {path: module for path, module in model.named_modules() if isinstance(module, DL2PAHead)}
     result.update(heads=list(heads), composed=composed)
     found = model.get_classifier()
-    found = [found] if isinstance(found, DL2PAHead) else [m for part in found for m in
-                                                          (part if isinstance(part, nn.ModuleList) else [part])]
-    assert found and all(isinstance(head, DL2PAHead) for head in found), 'get_classifier() is not our head'
+    assert all(isinstance(head, DL2PAHead) for head in (found if isinstance(found, tuple) else (found,))), \
+        'get_classifier() is not our head'
 
     kept = {id(tensor): parameter for parameter, tensor in model.named_parameters()}
     names = {old: kept[key] for old, key in backbone.items() if key in kept}

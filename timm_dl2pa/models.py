@@ -35,11 +35,14 @@ class _Place:
     auxiliary: bool
 
 
-def _timms_classifiers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield what timm calls the model's classifiers, the main one first."""
+def _check_has_classifier(model: nn.Module) -> None:
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
         raise ValueError(f'model ({type(model).__name__}) has no get_classifier() and reset_classifier(): wrap_dl2pa '
                          f'takes a timm classification model. For another, put a DL2PAHead in its classifier\'s place.')
+
+
+def _timms_classifiers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what timm calls the model's classifiers, the main one first."""
     waiting = [type(model).get_classifier(model)]
     while waiting:
         found = waiting.pop(0)
@@ -194,18 +197,17 @@ def replace_classifiers(
 
 
 class _GetClassifier:
-    """`get_classifier()` of a wrapped model: timm's answer, with our head where that has a module around it."""
+    """`get_classifier()` of a wrapped model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self) -> Any:
-        """Return the head; where timm has several classifiers, a tuple or `nn.ModuleList` of them."""
-        found = type(self.model).get_classifier(self.model)
-        if not isinstance(found, nn.Module) or isinstance(found, (DL2PAHead, nn.ModuleList)):
-            return found
-        inside = heads_of(found)
-        return found if not inside else inside[0] if len(inside) == 1 else tuple(inside)
+        """Return the head; where timm has several classifiers, a tuple of heads, the main one first."""
+        heads = tuple(head for head in heads_of(self.model) if not head.auxiliary)
+        if not heads:  # after reset_classifier(0)
+            return type(self.model).get_classifier(self.model)
+        return heads[0] if len(heads) == 1 else heads
 
 
 class _ResetClassifier:
@@ -300,7 +302,7 @@ def wrap_dl2pa(
     Example:
         >>> model = wrap_dl2pa(timm.create_model('resnet50', pretrained=True, num_classes=100), dim=128)
     """
-    list(_timms_classifiers(model))
+    _check_has_classifier(model)
     if num_classes is None:
         num_classes = model.num_classes
         if num_classes < 1:
