@@ -14,14 +14,12 @@ import gc
 import json
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
 from results_file import RESULTS, write_results
-from timm.models import list_modules
 from timm.models._registry import _model_to_module
 from tqdm import tqdm
 
@@ -54,12 +52,15 @@ def smallest(name: str) -> tuple[int, nn.Module]:
         try:
             if model is None or cfg.fixed_input_size:
                 model = make(name, size, 'meta').eval()
+                if not hasattr(model, 'get_classifier'):
+                    break
             with torch.no_grad():
                 model(torch.empty(2, 3, size, size, device='meta'))
             return size, model
         except Exception as error:
-            if size == sizes[-1] or not hasattr(model, 'get_classifier'):
+            if size == sizes[-1]:
                 raise RuntimeError(f"timm's own model cannot be run: {error}") from error
+    return 0, wrap_dl2pa(model, DIM)  # which says why it cannot be
 
 
 def with_gradient(model: nn.Module, x: torch.Tensor) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, make_prototypes, wrap_dl2pa
+from timm_dl2pa import AssignmentScheduler, make_prototypes, wrap_dl2pa
 from timm_dl2pa.head import heads_of
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore')]
@@ -16,21 +16,24 @@ CLASSES = 5
 # The smallest images, in pixels, that each takes; 32 where nothing is said.
 SIZES = {'crossvit_tiny_240': 240, 'csatv2': 64, 'deepseek_vit_412m': 112, 'efficientformer_l1': 224,
          'inception_resnet_v2': 96, 'inception_v3': 96, 'inception_v4': 96}
-MODELS = """
-beit_base_patch16_224 lambda_resnet26t test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
-test_convnext cpubone_nano cs3darknet_focus_s cspnext_tiny davit_tiny deit_tiny_patch16_224 densenet121 dla46x_c
-dpn48b edgenext_xx_small efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0
-vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050
-hardcorenas_b hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_t inception_next_atto
-lcnetv2_small levit_128s lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 lcnet_035
-mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny
-nextvit_small test_nfnet pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050
-repvit_m1 res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s
-shvit_s1 skresnet18 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
-swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
-test_vit vit_tiny_r_s16_p8_224 test_vit_relpos samvit_base_patch16_224 vitamin_small_224 volo_d1_224
-ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
-""".split() + list(SIZES)
+MODELS = [
+    'beit_base_patch16_224', 'lambda_resnet26t', 'test_byobnet', 'cait_xxs24_224', 'coat_tiny', 'convit_tiny',
+    'convmixer_768_32', 'test_convnext', 'cpubone_nano', 'cs3darknet_focus_s', 'cspnext_tiny', 'davit_tiny',
+    'deit_tiny_patch16_224', 'densenet121', 'dla46x_c', 'dpn48b', 'edgenext_xx_small', 'efficientformerv2_s0',
+    'test_efficientnet', 'efficientvim_m1', 'efficientvit_b0', 'efficientvit_m0', 'vit_tiny_patch16_dinov3_qkvb',
+    'fasternet_t0', 'fastvit_t8', 'focalnet_tiny_srf', 'gcvit_xxtiny', 'gemma4_vit_167m', 'ghostnet_050',
+    'hardcorenas_b', 'hgnetv2_b0', 'hiera_tiny_224', 'sam2_hiera_tiny', 'hrnet_w18_small', 'iformer_t',
+    'inception_next_atto', 'lcnetv2_small', 'levit_128s', 'lowformer_b0', 'test_mambaout', 'test_coatnet',
+    'poolformerv2_s12', 'gmlp_ti16_224', 'lcnet_035', 'mobilenetv5_base', 'mobilevit_xxs', 'mvitv2_tiny',
+    'naflexvit_base_patch16_parfac_gap', 'nasnetalarge', 'nest_tiny', 'nextvit_small', 'test_nfnet', 'pit_ti_224',
+    'pnasnet5large', 'pvt_v2_b0', 'qwen3_vit_88m', 'rdnet_tiny', 'regnetx_002', 'repghostnet_050', 'repvit_m1',
+    'res2next50', 'resnest14d', 'test_resnet', 'resnetv2_18', 'rexnet_100', 'selecsls42', 'legacy_seresnet18',
+    'sequencer2d_s', 'shvit_s1', 'skresnet18', 'starnet_s050', 'swiftformer_xs', 'swin_tiny_patch4_window7_224',
+    'swinv2_tiny_window8_256', 'swinv2_cr_tiny_224', 'tiny_vit_5m_224', 'tnt_s_legacy_patch16_224', 'tresnet_m',
+    'twins_svt_small', 'vgg11', 'visformer_tiny', 'test_vit', 'vit_tiny_r_s16_p8_224', 'test_vit_relpos',
+    'samvit_base_patch16_224', 'vitamin_small_224', 'volo_d1_224', 'ese_vovnet19b_slim_dw', 'legacy_xception',
+    'xception41p', 'xcit_nano_12_p8_224', *SIZES,
+]
 MOST_PARAMETERS = 40_000_000  # with more, shapes alone are checked, on the meta device
 
 

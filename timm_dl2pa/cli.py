@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description='Multiplies neck and prototypes to one linear layer, as timm makes it, which ranks the classes of '
                     'every image as before (probabilities differ). The result needs timm alone.',
     )
-    fold.add_argument('checkpoint', metavar='CHECKPOINT', help="of timm's train.py, a state dict, or a folder of save_model's")
+    fold.add_argument('checkpoint', metavar='CHECKPOINT',
+                      help="of timm's train.py, a state dict, or a folder of save_model's")
     fold.add_argument('output', metavar='OUT', help='a new file: .safetensors, or .pth')
     fold.add_argument('--use-ema', action='store_true', help='take the averaged weights')
     fold.add_argument('--normalize', action='store_true', help='keep the exact logits, in a classifier of three layers')

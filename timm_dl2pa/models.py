@@ -75,7 +75,7 @@ def _reset(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> Non
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
 def _find_places(model: nn.Module) -> list[_Place]:
@@ -176,8 +176,8 @@ def replace_classifiers(
             head = add(place.path, place.in_features, weight.device, weight.dtype, (layer or model).training)
             head.channels_first, head.auxiliary = place.channels_first, place.auxiliary
     if any(head.auxiliary and head.train_output == 'embeddings' for head in heads.values()):
-        raise ValueError(f"train_output='embeddings' cannot serve {type(model).__name__}: it adds the largest logits of "
-                         f"an auxiliary classifier to the main one's. Use train_output='logits'.")
+        raise ValueError(f"train_output='embeddings' cannot serve {type(model).__name__}: it adds the largest logits "
+                         f"of an auxiliary classifier to the main one's. Use train_output='logits'.")
 
     if given_back:
         _reset(model, num_classes)
