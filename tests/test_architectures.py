@@ -61,6 +61,7 @@ def trained_by_a_step(model, images):
     return {id(p): name for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.skipif(timm.__version__ < '1.0.31', reason='older ones do not run some models on so small images')
 @pytest.mark.parametrize('name', MODELS)
 def test_one_model_of_each_module(name):
     model, images = make(name)
@@ -95,10 +96,11 @@ def test_one_model_of_each_module(name):
 def test_every_module_has_one():
     from timm.models._registry import _model_to_module
     modules = set(timm.list_modules()) - {'registry'}  # that is where our own entry is
-    if timm.__version__ == '1.0.31':
+    if timm.__version__ == '1.0.31':  # the newest when this was written
         assert {_model_to_module[name] for name in MODELS} == modules and len(modules) == 98
 
 
+@pytest.mark.skipif(not timm.is_model('qwen3_vit_88m_enc'), reason='this timm has no encoders')
 def test_encoders_are_refused():
     with torch.device('meta'), pytest.raises(ValueError, match='has no get_classifier'):
         wrap_dl2pa(timm.create_model('qwen3_vit_88m_enc'), num_classes=3)

@@ -30,7 +30,8 @@ def model():
 @pytest.fixture
 def saved(model, tmp_path):
     """A model and a folder as timm writes it for the Hub."""
-    save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=True)
+    # timm 1.0.31 knows the arguments by itself.
+    save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=True, model_args=model._model_args)
     return model, tmp_path / 'saved'
 
 

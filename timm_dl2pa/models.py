@@ -253,6 +253,8 @@ class _ResetClassifier:
 
         _reset(self.model, num_classes, *args, **kwargs)
         replace_classifiers(self.model, make_head)
+        for head in heads_of(self.model):
+            head.train(self.model.training)  # timm before 1.0.31 leaves new layers in training mode
 
 
 def wrap_dl2pa(

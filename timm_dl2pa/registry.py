@@ -58,6 +58,8 @@ def dl2pa(
     given.update(pretrained_cfg_overlay or {})
     whole = pretrained and any(given.get(name) for name in _SOURCES)
     kwargs.pop('pretrained_model_args', None)
+    if given.get('num_classes'):
+        kwargs.setdefault('num_classes', given['num_classes'])
     backbone = timm.create_model(dl2pa_backbone, pretrained=pretrained and not whole, cache_dir=cache_dir, **kwargs)
     if kwargs.get('features_only'):
         if whole:
