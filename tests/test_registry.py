@@ -55,6 +55,7 @@ def test_create_model(model):
     (dict(dl2pa_backbone=None), 'name it'),
     (dict(dl2pa_loss='squared_cosine'), 'dl2pa_loss: no such option.*plugin'),
     (dict(dl2pa_dim=0), 'dim must be at least 1'),
+    (dict(pretrained_cfg='a1_in1k'), "give the tag to the backbone, dl2pa_backbone='test_resnet.a1_in1k'"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -48,6 +48,9 @@ def dl2pa(
     """
     if not dl2pa_backbone:
         raise ValueError("the model 'dl2pa' is a head on another model: name it, dl2pa_backbone='resnet50'.")
+    if isinstance(pretrained_cfg, str):
+        raise ValueError(f"'dl2pa.{pretrained_cfg}': give the tag to the backbone, "
+                         f"dl2pa_backbone='{dl2pa_backbone}.{pretrained_cfg}'.")
     options = {name.removeprefix(_PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
     unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
@@ -58,7 +61,7 @@ def dl2pa(
     given.update(pretrained_cfg_overlay or {})
     whole = pretrained and any(given.get(name) for name in _SOURCES)
     kwargs.pop('pretrained_model_args', None)
-    if given.get('num_classes'):
+    if (given.get('num_classes') or 0) > 0:  # train.py says -1 for another number than the file's
         kwargs.setdefault('num_classes', given['num_classes'])
     backbone = timm.create_model(dl2pa_backbone, pretrained=pretrained and not whole, cache_dir=cache_dir, **kwargs)
     if kwargs.get('features_only'):
