@@ -51,7 +51,7 @@ def test_command(command):
     out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
     assert out.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
     commands = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
-    assert all(name in commands for name in ('demo', 'run', 'inspect'))
+    assert all(name in commands for name in ('demo', 'run', 'inspect', 'fold'))
 
 
 def test_ci_runs_the_readmes_commands():
@@ -81,7 +81,8 @@ def test_readmes_python_runs(monkeypatch, tmp_path):
     import torch
     monkeypatch.chdir(tmp_path)  # one block saves a model
     create_model = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kw: create_model('test_resnet', **kw))
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kwargs: create_model(
+        name if name == 'dl2pa' else 'test_resnet', **kwargs))
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 100, (8,))
     names = {'loader': [(images, labels)] * 3, 'images': images, 'labels': labels}
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)

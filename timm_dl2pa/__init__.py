@@ -2,6 +2,7 @@
 from .alignment import AlignmentResult, align_prototypes
 from .assignment import AssignmentResult, solve_assignment
 from .class_means import ClassMeans
+from .folding import fold_dl2pa
 from .head import DL2PAConfig, DL2PAHead, default_scale
 from .hub import load_model, save_model
 from .losses import DotRegressionLoss, SquaredCosineLoss
@@ -15,6 +16,7 @@ from .prototypes import (
     save_prototypes,
     uniformity,
 )
+from .registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
 from .scheduler import AssignmentScheduler, AssignmentUpdate
 
 __version__ = '0.1.0'
@@ -31,6 +33,7 @@ __all__ = [
     'SquaredCosineLoss',
     'align_prototypes',
     'default_scale',
+    'fold_dl2pa',
     'load_model',
     'load_prototypes',
     'make_prototypes',

@@ -3,6 +3,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timm.utils import ParseKwargs
+
 from . import __version__
 
 
@@ -65,6 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prototypes.add_argument('--plot', metavar='FILE', help='draw a picture (needs matplotlib)')
     prototypes.add_argument('--no-recipe', action='store_false', dest='recipe',
                             help="leave the authors' recipe out, which takes seconds to minutes")
+    fold = commands.add_parser(
+        'fold',
+        help='make the checkpoint of a plain timm model from that of a DL2PA model',
+        description='Multiplies neck and prototypes to one linear layer, as timm makes it, which ranks the classes of '
+                    'every image as before (probabilities differ). The result needs timm alone.',
+    )
+    fold.add_argument('checkpoint', metavar='CHECKPOINT',
+                      help="of timm's train.py, a state dict, or a folder of save_model's")
+    fold.add_argument('output', metavar='OUT', help='a new file: .safetensors, or .pth')
+    fold.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    fold.add_argument('--normalize', action='store_true', help='keep the exact logits, in a classifier of three layers')
+    fold.add_argument('--model', metavar='NAME', help='the backbone, where the checkpoint does not say')
+    fold.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
+                      help='its arguments and the dl2pa_... options, where the checkpoint does not say')
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ['run']:
@@ -83,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prototypes.exit(2, f'timm-dl2pa prototypes --plot needs {error.name}: pip install "timm-dl2pa[demo]"\n')
         except (ValueError, OSError, RuntimeError) as error:
             prototypes.exit(2, f'timm-dl2pa prototypes: {error}\n')
+    if command == 'fold':
+        from .training.plain import fold_checkpoint
+        try:
+            print(fold_checkpoint(options.pop('checkpoint'), **options))
+        except (ValueError, OSError) as error:
+            fold.exit(2, f'timm-dl2pa fold: {error}\n')
         return 0
     if command == 'inspect':
         from .training.inspection import inspect_checkpoint

@@ -12,7 +12,7 @@ import torch.nn as nn
 from .assignment import check_assignment, restore_whole_numbers
 from .prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 
-__all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale']
+__all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale', 'heads_of']
 
 NECKS = ('linear', 'linear_bn', 'none')
 TRAIN_OUTPUTS = ('logits', 'embeddings')
@@ -28,6 +28,46 @@ def _in_float32(tensor: torch.Tensor) -> AbstractContextManager:
     """Return a context without autocast, for the tensor's device."""
     # The meta device, where shapes are tried, has no autocast.
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+@torch.fx.wrap
+def _unit_embeddings(z: torch.Tensor) -> torch.Tensor:
+    """Divide each row by its length, in float32."""
+    if torch.jit.is_scripting():
+        return _divided_by_length(z)
+    else:
+        with _in_float32(z):
+            return _divided_by_length(z)
+
+
+def _divided_by_length(z: torch.Tensor, shortest: float = _SHORTEST) -> torch.Tensor:
+    z = z.float()
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
+    return z / length.masked_fill(length < shortest, math.inf)
+
+
+@torch.fx.wrap
+def _cosines(embeddings: torch.Tensor, class_prototypes: torch.Tensor) -> torch.Tensor:
+    if torch.jit.is_scripting():
+        return embeddings.float() @ class_prototypes.t()
+    else:
+        with _in_float32(embeddings):
+            return embeddings.float() @ class_prototypes.t()
+
+
+@torch.fx.wrap
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    """Return maps (B, F, H, W) as rows (B H W, F); rows as they are."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2) if maps.dim() == 4 else maps
+
+
+@torch.fx.wrap
+def _like_maps(rows: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Undo `_rows(maps)`, for rows of any length."""
+    if maps.dim() != 4:
+        return rows
+    return rows.reshape(maps.shape[0], maps.shape[2], maps.shape[3], rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def default_scale(num_classes: int) -> float:
@@ -47,6 +87,12 @@ class _Neck(nn.Sequential):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if not isinstance(module, nn.BatchNorm2d):
             super().add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)  # tokens (B, N, F) are rows like any, but not to BatchNorm1d
+        for module in self:
+            rows = module(rows)
+        return rows.reshape(x.shape[:-1] + rows.shape[-1:])
 
 
 @dataclass(frozen=True)
@@ -115,6 +161,11 @@ class DL2PAHead(nn.Module):
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
     parameter `log_scale` if it is learned.
 
+    In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
+    none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
+    (B, C, H, W); elsewhere any number of dimensions may come before the features. `auxiliary` tells a head from the
+    main one.
+
     `observer`, if set, is called with the detached embeddings (B, d) of each forward in training mode: that is how an
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
     `eval()`: that is how a training task of timm's hears of epochs. `feature_observer`, if set, is called with the
@@ -146,6 +197,8 @@ class DL2PAHead(nn.Module):
 
     prototypes: torch.Tensor
     assignment: torch.Tensor
+    # TorchScript compiles properties, and knows no configs.
+    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes')
 
     def __init__(
             self,
@@ -168,8 +221,9 @@ class DL2PAHead(nn.Module):
             if isinstance(prototypes, (str, os.PathLike)):
                 prototypes = load_prototypes(prototypes)
             prototypes = torch.as_tensor(prototypes).detach()
-            check_prototypes(prototypes, num_classes)
-            prototypes = unit_rows(prototypes)
+            if not prototypes.is_meta:  # of a model whose shapes alone are tried
+                check_prototypes(prototypes, num_classes)
+                prototypes = unit_rows(prototypes)
             if prototypes.shape[1] != dim:
                 raise ValueError(f'prototypes have {prototypes.shape[1]} dimensions, but dim={dim}.')
             if num_prototypes not in (None, len(prototypes)):
@@ -206,6 +260,9 @@ class DL2PAHead(nn.Module):
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
         self.register_buffer('assignment', torch.arange(num_classes, device=device))
+        self.before: nn.Module = nn.Identity()
+        self.channels_first = False
+        self.auxiliary = False
         self.observer: Callable[[torch.Tensor], None] | None = None
         self.mode_observer: Callable[[bool], None] | None = None
         self.feature_observer: Callable[[torch.Tensor], None] | None = None
@@ -249,38 +306,38 @@ class DL2PAHead(nn.Module):
 
     def current_scale(self) -> torch.Tensor:
         """Return the factor on the cosines, () float32; with a gradient if it is learned."""
-        return self.log_scale.float().exp() if self.config.learn_scale else self.scale
+        return self.log_scale.float().exp() if hasattr(self, 'log_scale') else self.scale
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features)."""
-        z = self.neck(x)
-        with _in_float32(z):
-            z = z.float()
-            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-            # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
-            return z / length.masked_fill(length < _SHORTEST, math.inf)
+        return _unit_embeddings(self.neck(self.before(x)))
 
     def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class.
 
         In training mode, during a warm-up, they are those with the `warmup_vectors`.
         """
-        warmup = self.training and self.warmup_vectors is not None
-        vectors = self.warmup_vectors if warmup else self.class_prototypes
-        with _in_float32(embeddings):
-            return embeddings.float() @ vectors.t()
+        vectors = self.prototypes[self.assignment]
+        if not torch.jit.is_scripting() and self.training and self.warmup_vectors is not None:
+            vectors = self.warmup_vectors
+        return _cosines(embeddings, vectors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
-        if self.feature_observer is not None:
-            self.feature_observer(x.detach())
-        embeddings = self.embed(x)
-        if self.training:
-            if self.observer is not None:
+        features = self.before(_rows(x) if self.channels_first else x)
+        embeddings = _unit_embeddings(self.neck(features))
+        if torch.jit.is_scripting():
+            out = self.cosines(embeddings) * self.current_scale()
+        else:
+            if self.feature_observer is not None:
+                self.feature_observer(features.detach())
+            if self.training and self.observer is not None:
                 self.observer(embeddings.detach())
-            if self.config.train_output == 'embeddings':
-                return embeddings
-        return self.cosines(embeddings) * self.current_scale()
+            if self.training and self.train_output == 'embeddings':
+                out = embeddings
+            else:
+                out = self.cosines(embeddings) * self.current_scale()
+        return _like_maps(out, x) if self.channels_first else out
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the `mode_observer`."""
@@ -376,3 +433,9 @@ class DL2PAHead(nn.Module):
             raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self.config = config
+
+
+def heads_of(model: nn.Module) -> list[DL2PAHead]:
+    """Return the DL2PA heads of a model, the main one first."""
+    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+    return sorted(heads, key=lambda head: head.auxiliary)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .head import DL2PAConfig, DL2PAHead
+from .head import DL2PAConfig, DL2PAHead, heads_of
 from .models import replace_classifiers
 from .prototypes.files import replace_file
 
@@ -49,9 +49,10 @@ def save_model(
         ValueError: The model has no DL2PA head, is no registered timm model, cannot be rebuilt from its name and
             `model_args` (the difference is named), or the number of names is not C.
     """
-    head = next((module for module in model.modules() if isinstance(module, DL2PAHead)), None)
-    if head is None:
+    heads = heads_of(model)
+    if not heads:
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    head = heads[0]
     if label_names is not None and len(label_names) != head.num_classes:
         raise ValueError(f'label_names has {len(label_names)} names for {head.num_classes} classes.')
     pretrained_cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -59,9 +60,11 @@ def save_model(
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model: its pretrained_cfg names '
                          f'no architecture.')
     tag = pretrained_cfg.get('tag')
+    # Of a model that timm's registry made as 'dl2pa', the backbone.
+    backbone = getattr(model, '_model_args', {}).get('dl2pa_backbone')
     config = {
         'format': _FORMAT,
-        'architecture': pretrained_cfg['architecture'] + (f'.{tag}' if tag else ''),
+        'architecture': backbone or pretrained_cfg['architecture'] + (f'.{tag}' if tag else ''),
         'model_args': model_args or {},
         'head': asdict(head.config),
         'label_names': label_names,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .alignment import align_prototypes
 from .class_means import shares_of
-from .head import DL2PAHead
+from .head import DL2PAHead, heads_of
 from .scheduler import AssignmentScheduler
 
 __all__ = ['Primer', 'prime']
@@ -23,7 +23,7 @@ _SUMS = ('counts', 'sums', 'squares')
 
 
 class _Features:
-    """Sums of a head's input features (B, F), over classes and in all, in float64."""
+    """Sums of the features (B, F) that a head's neck is given, over classes and in all, in float64."""
 
     def __init__(self, head: DL2PAHead):
         device = head.prototypes.device
@@ -46,7 +46,10 @@ class _Features:
         if targets.ndim == 1 and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
             raise ValueError(f'targets must be within 0..{self.num_classes - 1}, not from {int(targets.min())} to '
                              f'{int(targets.max())}.')
-        features = self.features.to(self.sums)
+        # An auxiliary head may see many patches of an image (B, N, F): each is a sample of the image's class.
+        patches = self.features[0].numel() // self.features.shape[-1]
+        features = self.features.flatten(0, -2).to(self.sums)
+        targets = targets.repeat_interleave(patches, dim=0)
         for labels, share in shares_of(targets.to(features.device), self.num_classes):
             share = torch.ones_like(features[:, :1]) if share is None else share.to(features)
             self.counts.index_add_(0, labels, share.squeeze(1))
@@ -183,7 +186,7 @@ def prime(
         ValueError: The model has no DL2PA head, the scheduler is another model's, no batch came, targets do not fit, or
             features are not finite. The model was not changed.
     """
-    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+    heads = heads_of(model)
     if not heads:
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
     if scheduler is not None and scheduler.heads[0] is not heads[0]:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from .alignment import align_prototypes
 from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
 from .class_means import ClassMeans, RunningClassMeans
-from .head import DL2PAHead
+from .head import heads_of
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
 
@@ -94,7 +94,7 @@ class AssignmentScheduler:
             momentum: float = 0.5,
             warmup: float | None = None,
     ):
-        self.heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+        self.heads = heads_of(model)
         if not self.heads:
             raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
         if interval != 'epoch' and not (isinstance(interval, int) and interval >= 1):

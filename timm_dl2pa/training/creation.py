@@ -11,9 +11,9 @@ from timm.models import load_state_dict
 
 from ..head import DL2PAHead
 from ..models import wrap_dl2pa
-from .options import PluginOptions
+from .options import PREFIX, PluginOptions
 
-__all__ = ['create_wrapped', 'plugin_options']
+__all__ = ['create_registered', 'create_wrapped', 'plugin_options']
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +60,20 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
     wrap_dl2pa(model, **options.head_arguments())
     if head_state:
         _keep_neck(model, head_state, source)
+    setattr(model, _ATTRIBUTE, options)
+    return model
+
+
+def create_registered(make_model: Callable[..., nn.Module], options: PluginOptions, **arguments: Any) -> nn.Module:
+    """Make a model by the entry `dl2pa` of timm's registry, to be trained with the options.
+
+    Args:
+        make_model: The entry.
+        options: What is to be put on the backbone.
+        arguments: Of the entry, `dl2pa_backbone` among them.
+    """
+    head = {PREFIX + name: value for name, value in options.head_arguments().items()}
+    model = make_model(**arguments, **head)
     setattr(model, _ATTRIBUTE, options)
     return model
 

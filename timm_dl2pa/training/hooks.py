@@ -106,12 +106,15 @@ def _entrypoint_lookup(lookup: Callable, first_model: PluginOptions | None) -> C
 
         @functools.wraps(make_backbone)
         def make_model(**arguments: Any) -> nn.Module:
+            registered = {name: arguments.pop(name) for name in ('dl2pa_backbone',) if name in arguments}
             options = PluginOptions.take(arguments)
             if options is None and waiting:
                 options = waiting.pop()
             if options is None:
-                return make_backbone(**arguments)
-            from .creation import create_wrapped
+                return make_backbone(**arguments, **registered)
+            from .creation import create_registered, create_wrapped
+            if registered:
+                return create_registered(make_backbone, options, **arguments, **registered)
             return create_wrapped(make_backbone, options, **arguments)
 
         return make_model

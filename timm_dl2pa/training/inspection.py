@@ -15,7 +15,7 @@ from ..assignment import check_assignment, restore_whole_numbers
 from ..prototypes import check_prototypes, unit_rows
 from .options import PREFIX
 
-__all__ = ['inspect_checkpoint', 'margins']
+__all__ = ['inspect_checkpoint', 'margins', 'read_checkpoint']
 
 _BLOCK = 2 ** 24  # scores at a time: 64 MB
 
@@ -40,7 +40,7 @@ def margins(class_prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return torch.rad2deg(torch.cat(cosines).clamp(-1, 1).acos()), torch.cat(nearest)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of timm's, a plain state dict, a safetensors file, or a folder that holds one."""
     if path.is_dir():
         path = path / 'model.safetensors'
@@ -70,7 +70,7 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
         FileNotFoundError: There is no such file.
         ValueError: It is no checkpoint, or has no DL2PA head.
     """
-    checkpoint = _load(Path(path))
+    checkpoint = read_checkpoint(Path(path))
     state = clean_state_dict(checkpoint['state_dict'])
     heads = [name.removesuffix('prototypes') for name in state
              if name.endswith('prototypes') and name.removesuffix('prototypes') + 'assignment' in state]

@@ -14,7 +14,7 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
-from ..head import DL2PAHead
+from ..head import heads_of
 from ..losses import DotRegressionLoss, SquaredCosineLoss
 from ..priming import Primer
 from ..scheduler import AssignmentScheduler, AssignmentUpdate
@@ -172,8 +172,7 @@ class DL2PATask(TrainingTask):
         super().update_ema(step=step)
         if self._rotated and self.has_ema():
             # A mean of prototypes before and after a rotation is on no sphere and fits neither's embeddings.
-            averaged = [module for module in self.get_trainable_module(ema=True).modules()
-                        if isinstance(module, DL2PAHead)]
+            averaged = heads_of(self.get_trainable_module(ema=True))
             for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
                 mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
         self._rotated = False

@@ -1,0 +1,117 @@
+"""`timm-dl2pa fold CHECKPOINT OUT`: the checkpoint of a plain timm model from that of a DL2PA model."""
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from timm.models import clean_state_dict
+
+from ..folding import fold_dl2pa
+from ..head import heads_of
+from ..hub import CONFIG_NAME, load_model
+from ..models import wrap_dl2pa
+from .inspection import read_checkpoint
+from .options import PREFIX, PluginOptions
+
+__all__ = ['fold_checkpoint', 'load_wrapped']
+
+
+def load_wrapped(
+        path: str | Path,
+        *,
+        model: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        use_ema: bool = False,
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Make the DL2PA model of a checkpoint, in evaluation mode. No prototypes are computed.
+
+    Args:
+        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder that `save_model` wrote.
+        model: The backbone's name. Default: what the checkpoint says.
+        model_kwargs: Further arguments of the backbone and dl2pa_... options, beside what the checkpoint says.
+        use_ema: Take the averaged weights.
+
+    Returns:
+        The model, the backbone's name, and the arguments (without `num_classes`) that timm makes the backbone with.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of a DL2PA model, does not say what made the model, or does not fit that.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        if use_ema:
+            raise ValueError(f'{path} has no averaged weights: save_model saves one set.')
+        wrapped = load_model(path)
+        config = json.loads((path / CONFIG_NAME).read_text(encoding='utf-8'))
+        return wrapped, config['architecture'].partition('.')[0], config['model_args']
+    checkpoint = read_checkpoint(path)
+    if use_ema and 'state_dict_ema' not in checkpoint:
+        raise ValueError(f'{path} has no averaged weights (state_dict_ema): leave --use-ema out.')
+    state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
+    prefix = next((name.removesuffix('prototypes') for name in state if name.endswith('.prototypes')
+                   and name.removesuffix('prototypes') + 'assignment' in state), None)
+    if prefix is None:
+        raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
+    said = checkpoint.get('args')
+    arguments: dict[str, Any] = {'in_chans': getattr(said, 'in_chans', None),
+                                 'global_pool': getattr(said, 'gp', None),
+                                 **(getattr(said, 'model_kwargs', None) or {}), **(model_kwargs or {})}
+    registered = arguments.pop('dl2pa_backbone', None)
+    name = model or registered or getattr(said, 'model', None)
+    if not name:
+        raise ValueError(f"{path} does not say what model it is of: give its name, --model.")
+    options = PluginOptions.take(arguments) or PluginOptions()
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    prototypes, classes = state[prefix + 'prototypes'], len(state[prefix + 'assignment'])
+    head = options.head_arguments()
+    for given in ('num_prototypes', 'seed'):
+        head.pop(given)
+    head.update(dim=prototypes.shape[1], learn_scale=prefix + 'log_scale' in state)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            wrapped = wrap_dl2pa(timm.create_model(name, num_classes=classes, **arguments), prototypes=prototypes,
+                                 **head)
+        wrapped.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'{path} does not fit {name!r} with {arguments or "no arguments"} and the head of '
+                         f'{PREFIX}neck={options.neck!r}: {error}. Give --model and --model-kwargs.') from error
+    return wrapped.eval(), name, arguments
+
+
+def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = False, **source: Any) -> str:
+    """Write the state dict of the folded model, and return a line that says how to load it.
+
+    Args:
+        path: What `load_wrapped` takes.
+        output: A new file: .safetensors, or any other name for what `torch.save` writes.
+        normalize: See `fold_dl2pa`.
+        source: Further arguments of `load_wrapped`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        FileExistsError: There is such an output already.
+        ValueError: See `load_wrapped` and `fold_dl2pa`.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f'{output} exists already.')
+    model, name, arguments = load_wrapped(path, **source)
+    classes, count = model.num_classes, len(heads_of(model))
+    if count > 1 and not normalize:
+        raise ValueError(f'{name} combines the logits of {count} classifiers, so that a plain model ranks classes only '
+                         f'nearly the same: use --normalize, or fold_dl2pa with images to measure how nearly.')
+    plain = fold_dl2pa(model, normalize=normalize)
+    state = {key: value.contiguous().clone() for key, value in plain.state_dict().items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == '.safetensors':
+        save_file(state, output, metadata={'format': 'pt'})
+    else:
+        torch.save(state, output)
+    if normalize:
+        return f'{output}: {name}, {classes} classes, with a classifier of three layers: no model of timm\'s by itself.'
+    given = ''.join(f', {key}={value!r}' for key, value in arguments.items())
+    return f'{output}: timm.create_model({name!r}, num_classes={classes}{given}, checkpoint_path={str(output)!r})'
