@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_dl2pa import align_prototypes, make_prototypes, solve_assignment
+from timm_dl2pa import align_prototypes, alignment, make_prototypes, solve_assignment
 
 
 def rotation(dim, seed):
@@ -14,7 +14,7 @@ def test_finds_a_hidden_rotation_and_permutation(num_classes, num_prototypes, di
     points = make_prototypes(num_prototypes, dim, seed=1)
     order = torch.randperm(num_prototypes, generator=torch.Generator().manual_seed(2))[:num_classes]
     means = points[order] @ rotation(dim, 3)
-    found = align_prototypes(means, points)
+    found = align_prototypes(means, points, restarts=2000)
     assert found.objective == pytest.approx(num_classes, abs=1e-3)
     assert torch.allclose(found.prototypes[found.assignment], means, atol=1e-3)
 
@@ -52,3 +52,13 @@ def test_touches_no_random_state_and_repeats():
 def test_bad_arguments(means, points, arguments, message):
     with pytest.raises(ValueError, match=message):
         align_prototypes(means, points, **arguments)
+
+
+def test_restarts_near_the_best_end_find_more_than_restarts_anywhere(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    families = torch.randn(12, 8, generator=generator).repeat(5, 1)
+    means, points = torch.randn(60, 8, generator=generator) + 2 * families, make_prototypes(60, 8)
+    found = [align_prototypes(means, points, restarts=200, seed=seed).objective for seed in range(3)]
+    monkeypatch.setattr(alignment, '_ANEW', 1.0)
+    anywhere = [align_prototypes(means, points, restarts=200, seed=seed).objective for seed in range(3)]
+    assert min(found) > max(anywhere)

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
+from timm_dl2pa.priming import Primer
 
 CLASSES, FEATURES = 20, 24
 
@@ -189,3 +190,16 @@ def test_the_bar_is_on_stderr_and_can_be_left_out(capsys):
     assert '3/3' in capsys.readouterr().err
     prime(Model(6), list(batches(3)), progress=False)
     assert capsys.readouterr().err == ''
+
+
+def test_patches_of_an_image_are_samples_of_its_class():
+    generator = torch.Generator().manual_seed(0)
+    x, targets = torch.randn(12, 3, 6, generator=generator), torch.arange(12) % 4
+    heads = [DL2PAHead(6, 4, 3).eval() for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    for head, features, labels in ((heads[0], x, targets), (heads[1], x.flatten(0, 1), targets.repeat_interleave(3))):
+        primer = Primer([head])
+        head(features)
+        primer.add(labels)
+        primer.finish()
+    assert all(torch.equal(value, heads[1].state_dict()[name]) for name, value in heads[0].state_dict().items())

@@ -11,8 +11,11 @@ __all__ = ['AlignmentResult', 'align_prototypes']
 
 # Cosines of one round that all restarts together may have, and the most restarts: seconds at a thousand classes.
 _WORK = 10 ** 7
-_MOST_RESTARTS = 500
+_MOST_RESTARTS = 1000
 _MOST_ROUNDS = 50
+# A restart turns the best rotation by this much of a random one; this share of them begins anywhere.
+_TURN = (0.3, 1.0)
+_ANEW = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ def align_prototypes(
 
     Any rotation of an evenly spread set is as evenly spread. For a given R, the best assignment is a matching; for a
     given assignment, the best R is the orthogonal Procrustes solution (Schoenemann 1966). Neither step lowers the sum,
-    and it ends where neither raises it: a local maximum. So the alternation starts from the prototypes as they stand
-    and from random rotations, and the best end counts.
+    and it ends where neither raises it: a local maximum. So the alternation starts from the prototypes as they stand,
+    then again and again from the best end so far, turned at random, and now and then from a random rotation.
 
     Args:
         class_means: (C, d); rows of zeros have no say. Best seen from their mean: in a
             young network they lie in a narrow cone.
         prototypes: (K, d) unit rows, K >= C.
-        restarts: Number of starts, at least 1. Default: 500, fewer from 141 classes on (10 at 1,000).
+        restarts: Number of starts, at least 1. Default: 1,000, fewer from 101 classes on (10 at 1,000).
         seed: Of the random rotations' own generator.
 
     Raises:
@@ -66,7 +69,12 @@ def align_prototypes(
     dim = points.shape[1]
     best = None
     for restart in range(restarts):
-        rotation = np.eye(dim) if restart == 0 else np.linalg.qr(generator.standard_normal((dim, dim)))[0]
+        rotation = np.eye(dim)
+        if restart:
+            rotation = np.linalg.qr(generator.standard_normal((dim, dim)))[0]
+            if generator.random() >= _ANEW:
+                left, _, right = np.linalg.svd(best[1] + generator.uniform(*_TURN) * rotation)
+                rotation = left @ right
         objective = -np.inf
         for _ in range(_MOST_ROUNDS):
             _, assignment = linear_sum_assignment(means @ rotation @ points.T, maximize=True)

@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prototypes.exit(2, f'timm-dl2pa prototypes --plot needs {error.name}: pip install "timm-dl2pa[demo]"\n')
         except (ValueError, OSError, RuntimeError) as error:
             prototypes.exit(2, f'timm-dl2pa prototypes: {error}\n')
+        return 0
     if command == 'fold':
         from .training.plain import fold_checkpoint
         try:

@@ -1,4 +1,5 @@
 """prime: a head set by the features of a trained backbone, before the first step of training."""
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -47,7 +48,7 @@ class _Features:
             raise ValueError(f'targets must be within 0..{self.num_classes - 1}, not from {int(targets.min())} to '
                              f'{int(targets.max())}.')
         # An auxiliary head may see many patches of an image (B, N, F): each is a sample of the image's class.
-        patches = self.features[0].numel() // self.features.shape[-1]
+        patches = math.prod(self.features.shape[1:-1])
         features = self.features.flatten(0, -2).to(self.sums)
         targets = targets.repeat_interleave(patches, dim=0)
         for labels, share in shares_of(targets.to(features.device), self.num_classes):

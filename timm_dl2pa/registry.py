@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 _PREFIX = 'dl2pa_'
 _SOURCES = ('source', 'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
 _OPTIONS = tuple(name for name in inspect.signature(wrap_dl2pa).parameters
-                 if name not in ('model', 'num_classes', 'prototypes'))
+                 if name not in ('model', 'num_classes'))
 
 
 @register_model

@@ -68,13 +68,11 @@ def load_wrapped(
     arguments = {key: value for key, value in arguments.items() if value is not None}
     prototypes, classes = state[prefix + 'prototypes'], len(state[prefix + 'assignment'])
     head = options.head_arguments()
-    for given in ('num_prototypes', 'seed'):
-        head.pop(given)
-    head.update(dim=prototypes.shape[1], learn_scale=prefix + 'log_scale' in state)
+    head.update(dim=prototypes.shape[1], num_prototypes=None, prototypes=prototypes,
+                learn_scale=prefix + 'log_scale' in state)
     try:
         with torch.random.fork_rng(devices=[]):
-            wrapped = wrap_dl2pa(timm.create_model(name, num_classes=classes, **arguments), prototypes=prototypes,
-                                 **head)
+            wrapped = wrap_dl2pa(timm.create_model(name, num_classes=classes, **arguments), **head)
         wrapped.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f'{path} does not fit {name!r} with {arguments or "no arguments"} and the head of '
