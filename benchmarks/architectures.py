@@ -28,6 +28,7 @@ from timm_dl2pa.head import heads_of
 
 CLASSES, DIM = 7, 4
 SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 288, 384, 448, 512)
+FINISHED = RESULTS / 'architectures.json'
 UNFINISHED = RESULTS / 'architectures.jsonl'
 
 
@@ -152,15 +153,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pattern', default='', help="timm's, for some models only: prints, and writes no file")
     parser.add_argument('--max-parameters', type=float, default=4e8, help='of a model on real tensors')
+    parser.add_argument('--resume', action='store_true', help='keep what the committed results have')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     names = [name for name in timm.list_models(args.pattern) if name != 'dl2pa']
     done: dict[str, dict] = {}
+    if args.resume:
+        done = {record['model']: record for record in json.loads(FINISHED.read_text())['results']}
     if not args.pattern and UNFINISHED.exists():
-        # What failed is tried again.
-        done = {record['model']: record for record in map(json.loads, UNFINISHED.read_text().splitlines())
-                if record['ok']}
+        done.update((record['model'], record) for record in map(json.loads, UNFINISHED.read_text().splitlines()))
+    # Tried again: what failed, and what was checked for shapes alone and now is to run.
+    done = {name: record for name, record in done.items() if record['ok']
+            and (record['checked'] == 'run' or record['parameters'] > args.max_parameters)}
     for name in tqdm([name for name in names if name not in done], unit='model', initial=len(done), total=len(names),
                      file=sys.stderr):
         torch.manual_seed(args.seed)

@@ -414,15 +414,16 @@ class DL2PAHead(nn.Module):
         # With load_state_dict(assign=True) the given tensors themselves become the buffers: they need the right dtype.
         config = self.config
         try:
+            # First: an average of checkpoints shows itself here, in words that say so.
+            if 'assignment' in given:
+                assignment = restore_whole_numbers(given['assignment'])
+                check_assignment(assignment, self.num_classes, len(self.prototypes))
+                state_dict[prefix + 'assignment'] = assignment.long()
             if 'prototypes' in given:
                 check_prototypes(given['prototypes'])
                 prototypes = state_dict[prefix + 'prototypes'] = unit_rows(given['prototypes'])
                 if self.prototypes.is_meta or not torch.equal(prototypes.cpu(), self.prototypes.cpu()):
                     config = replace(config, own_prototypes=True)
-            if 'assignment' in given:
-                assignment = restore_whole_numbers(given['assignment'])
-                check_assignment(assignment, self.num_classes, len(self.prototypes))
-                state_dict[prefix + 'assignment'] = assignment.long()
             if 'scale' in given:
                 state_dict[prefix + 'scale'] = given['scale'].float()
                 # The config goes on telling how to build this head.
