@@ -47,12 +47,20 @@ from image_arrays import Images, augment, hold_out, keep_classes, load_images, l
 from results_file import RESULTS, environment
 from tqdm import tqdm
 
-from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SquaredCosineLoss, default_scale, prime, wrap_dl2pa
+from timm_dl2pa import (
+    AssignmentScheduler,
+    BalancedSoftmaxLoss,
+    DotRegressionLoss,
+    SquaredCosineLoss,
+    default_scale,
+    prime,
+    wrap_dl2pa,
+)
 from timm_dl2pa.assignment import solve_assignment
 from timm_dl2pa.training import PluginOptions
 
 METHODS = ('softmax', 'cosine_softmax', 'static', 'etf', 'paper', 'dl2pa')
-LOSSES = ('cross_entropy', 'squared_cosine', 'dot_regression')
+LOSSES = ('cross_entropy', 'balanced_softmax', 'squared_cosine', 'dot_regression')
 # (epoch share, factor): the learning rate is multiplied by the factor of the last share that is over.
 SCHEDULES = {
     'steps': ((0.5, 0.1), (0.8, 0.01)),  # the short recipe
@@ -103,8 +111,8 @@ class Recipe:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}.')
         if self.start_from not in (None, 'first_half') or self.start_from == self.classes:
             raise ValueError(f"start_from must be 'first_half' of other classes, not {self.start_from!r}.")
-        if self.loss != 'cross_entropy' and self.method.endswith('softmax'):
-            raise ValueError(f'{self.method} takes cross_entropy, not {self.loss}.')
+        if self.loss not in ('cross_entropy', 'balanced_softmax') and self.method.endswith('softmax'):
+            raise ValueError(f'{self.method} takes cross_entropy or balanced_softmax, not {self.loss}.')
 
     def name(self) -> str:
         """Return the stem of the run's file: what differs from the defaults."""
@@ -215,6 +223,9 @@ class Run:
         weight = {} if recipe.loss_weight is None else {'weight': recipe.loss_weight}
         kinds = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}
         self.criterion = kinds[recipe.loss](self.head, **weight) if recipe.loss in kinds else nn.CrossEntropyLoss()
+        if recipe.loss == 'balanced_softmax':
+            counts = torch.bincount(images.y_train, minlength=images.num_classes)
+            self.criterion = BalancedSoftmaxLoss(images.num_classes, counts.clamp(min=1)).to(device)
         self.rule = self.scheduler = None
         if recipe.method == 'paper':
             self.rule = PaperRule(self.head, torch.Generator().manual_seed(recipe.seed))
@@ -468,7 +479,8 @@ def queue(name: str) -> list[list[str]]:
             for method, dim in ((['softmax'], 50), (['softmax'], 0), (['dl2pa'], 50)):
                 add(method, '--dim', dim, '--classes', 'second_half', '--start-from', 'first_half', '--epochs', 2,
                     '--seed', seed)
-            for method in (['softmax'], ['dl2pa'], ['static']):
+            balanced = ['--loss', 'balanced_softmax']
+            for method in (['softmax'], ['dl2pa'], ['dl2pa', *balanced], ['softmax', *balanced], ['static']):
                 add(method, '--dim', 64, '--imbalance', 0.01, '--epochs', 30, '--seed', seed)
         for dim in (50, 10):  # the head's parts alone
             add(['static'], '--dim', dim, '--seed', 3)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_dl2pa import DL2PAHead, DotRegressionLoss, SquaredCosineLoss
+from timm_dl2pa import BalancedSoftmaxLoss, DL2PAHead, DotRegressionLoss, SquaredCosineLoss
 
 B, C, D = 9, 6, 4
 
@@ -172,3 +172,48 @@ def test_any_timm_criterion_trains():
             optimizer.step()
             values.append(value.item())
         assert values[2] < values[0] and np.isfinite(values).all(), criterion
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_balanced_softmax_adds_the_logarithm_of_the_counts(soft):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(B, C, generator=generator), torch.randint(0, C, (B,), generator=generator)
+    targets = torch.rand(B, C, generator=generator).softmax(dim=1) if soft else labels
+    counts = torch.tensor([90, 30, 10, 3, 2, 1])
+    weighted = counts * logits.exp()
+    log_shares = (weighted / weighted.sum(dim=1, keepdim=True)).log()
+    each = -(targets * log_shares).sum(dim=1) if soft else -log_shares[torch.arange(B), labels]
+    assert torch.allclose(BalancedSoftmaxLoss(C, counts, reduction='none')(logits, targets), each, atol=1e-5)
+    assert BalancedSoftmaxLoss(C, counts)(logits.half(), targets).item() == pytest.approx(each.mean().item(), rel=1e-2)
+    equal = torch.nn.functional.cross_entropy(logits, targets)
+    assert BalancedSoftmaxLoss(C, torch.full((C,), 7))(logits, targets).item() == pytest.approx(equal.item(), rel=1e-5)
+
+
+def test_balanced_softmax_counts_in_training_alone():
+    criterion, logits = BalancedSoftmaxLoss(3), torch.zeros(4, 3)
+    criterion(logits, torch.tensor([0, 0, 0, 1]))
+    assert criterion.class_counts.tolist() == [4, 2, 1]
+    with torch.no_grad():
+        criterion(logits, torch.tensor([2, 2, 2, 2]))
+    criterion(logits, torch.tensor([[0.25, 0.75, 0.0]]).repeat(4, 1))
+    assert criterion.class_counts.tolist() == [5, 5, 1]
+    again = BalancedSoftmaxLoss(3)
+    again.load_state_dict(criterion.state_dict())
+    assert torch.equal(again.class_counts, criterion.class_counts)
+    given_counts = BalancedSoftmaxLoss(3, torch.tensor([2, 1, 1]))
+    given_counts(logits, torch.tensor([2, 2, 2, 2]))
+    assert given_counts.class_counts.tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize('counts', [[1, 2], [1, 0, 2], [1, float('nan'), 2]])
+def test_balanced_softmax_refuses_counts(counts):
+    with pytest.raises(ValueError, match='class_counts must be 3 positive numbers'):
+        BalancedSoftmaxLoss(3, torch.tensor(counts))
+
+
+def test_balanced_softmax_refuses_shapes():
+    for logits, targets in ((torch.zeros(2, 4), torch.zeros(2)), (torch.zeros(2, 3), torch.zeros(3))):
+        with pytest.raises(ValueError, match='logits must be'):
+            BalancedSoftmaxLoss(3)(logits, targets.long())
+    with pytest.raises(ValueError, match='reduction must be one of'):
+        BalancedSoftmaxLoss(3, reduction='sums')

@@ -13,7 +13,7 @@ import timm.models._factory as factory
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stand_in import BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
+from stand_in import BATCH, BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
 from timm import utils
 from timm.data import Mixup
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
@@ -103,8 +103,9 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_dim='three'), "dl2pa_dim must be int, not 'three'"),
     (dict(dl2pa_dim=True), 'dl2pa_dim must be int, not True'),
     (dict(dl2pa_learn_scale='true'), "dl2pa_learn_scale must be bool, not 'true'"),
-    (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression'),
+    (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression, balanced_soft'),
     (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
+    (dict(dl2pa_loss='balanced_softmax', dl2pa_loss_weight=3.0), "no meaning with dl2pa_loss='balanced_softmax'"),
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
     (dict(dl2pa_warmup_epochs=-1), 'dl2pa_warmup_epochs must be at least 0, not -1'),
     (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1'),
@@ -230,6 +231,8 @@ OFFERS = {
     'mixup': dict(mixup=dict(mixup_alpha=0.8), criterion=SoftTargetCrossEntropy()),
     'cutmix, squared cosine': dict(mixup=dict(mixup_alpha=0, cutmix_alpha=1.0), dl2pa_loss='squared_cosine'),
     'mixup, dot regression': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='dot_regression'),
+    'balanced softmax': dict(dl2pa_loss='balanced_softmax'),
+    'mixup, balanced softmax': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='balanced_softmax'),
     'bce': dict(criterion=BinaryCrossEntropy()),
     'jsd': dict(criterion=JsdCrossEntropy(num_splits=2, smoothing=0.1)),
     'accumulation': dict(accumulate=2),
@@ -265,6 +268,10 @@ def test_what_a_script_offers(tmp_path, offer):
         # No (B, C) logits where a model has one classifier.
         assert task.dl2pa_heads[0].train_output == ('embeddings' if len(task.dl2pa_heads) == 1 else 'logits')
         assert task.criterion.weight == options.get('dl2pa_loss_weight', 30 if kind is SquaredCosineLoss else 1)
+    if options.get('dl2pa_loss') == 'balanced_softmax':
+        assert task.dl2pa_heads[0].config.learn_scale and task.dl2pa_heads[0].train_output == 'logits'
+        # One more for each class than there were targets.
+        assert task.criterion.class_counts.sum().item() == pytest.approx(CLASSES + 3 * BATCHES * BATCH)
     if 'ema' in offer:
         name = 'fc.assignment'
         assert torch.equal(state['state_dict_ema'][name], state['state_dict'][name])
@@ -418,7 +425,8 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 
 
 @pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_epochs=2), dict(warmup_epochs=0),
-                                 dict(prime=6), dict(prime=2, loss='squared_cosine')], ids=str)
+                                 dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax')],
+                         ids=str)
 @pytest.mark.parametrize('stopped_after', [1, 2, 3])
 def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
     options = dict(dl2pa_dim=3, ema=True, **{f'dl2pa_{name}': value for name, value in how.items()})

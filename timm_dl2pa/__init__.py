@@ -5,7 +5,7 @@ from .class_means import ClassMeans
 from .folding import fold_dl2pa
 from .head import DL2PAConfig, DL2PAHead, default_scale
 from .hub import load_model, save_model
-from .losses import DotRegressionLoss, SquaredCosineLoss
+from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
 from .priming import prime
 from .prototypes import (
@@ -26,6 +26,7 @@ __all__ = [
     'AssignmentResult',
     'AssignmentScheduler',
     'AssignmentUpdate',
+    'BalancedSoftmaxLoss',
     'ClassMeans',
     'DL2PAConfig',
     'DL2PAHead',

@@ -1,10 +1,10 @@
-"""The paper's two losses, on whatever a DL2PA head returns in training: logits, or unit embeddings."""
+"""The paper's two losses, on whatever a DL2PA head returns in training, and a cross-entropy for long tails."""
 import torch
 import torch.nn as nn
 
 from .head import DL2PAHead
 
-__all__ = ['DotRegressionLoss', 'SquaredCosineLoss']
+__all__ = ['BalancedSoftmaxLoss', 'DotRegressionLoss', 'SquaredCosineLoss']
 
 REDUCTIONS = ('mean', 'sum', 'none')
 
@@ -169,3 +169,73 @@ class DotRegressionLoss(_PrototypeLoss):
         present = counts > 0
         number_present = present.sum().clamp_min(1)
         return torch.where(present, batch_size / number_present / torch.where(present, counts, 1.0), 0.0)
+
+
+class BalancedSoftmaxLoss(nn.Module):
+    """Cross-entropy of `logits_c + log n_c`, with the number n_c of samples of class c, for long tails.
+
+    (Balanced softmax, Ren et al., NeurIPS 2020; logit adjustment, Menon et al., ICLR 2021.) The frequency of the
+    classes is told to the softmax in training, so that the logits need not learn it: in evaluation, without that term,
+    they classify as if all classes were as frequent. Where they are, it is the cross-entropy.
+
+    It takes the logits of any classifier, a DL2PA head's or a linear one's. Without `class_counts` it counts the
+    targets that it is given while gradients are enabled, one more for each class; soft ones by their shares. Each
+    process of a distributed run counts its own, which are about proportional.
+
+    Buffer, in the state dict: `class_counts` (C,) float32.
+
+    Args:
+        num_classes: C.
+        class_counts: (C,) positive numbers, or such as are proportional to them. Default: counted in training.
+        reduction: 'mean' or 'sum' over the batch, or 'none'.
+
+    Raises:
+        ValueError: The counts are not C positive, finite numbers, or `reduction` is unknown.
+
+    Example:
+        >>> criterion = BalancedSoftmaxLoss(100, class_counts=torch.bincount(labels_of_training))
+        >>> loss = criterion(model(images), labels)
+    """
+
+    class_counts: torch.Tensor
+
+    def __init__(self, num_classes: int, class_counts: torch.Tensor | None = None, reduction: str = 'mean'):
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, not {reduction!r}.')
+        self.counting = class_counts is None
+        counts = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts).float()
+        if counts.shape != (num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
+            raise ValueError(f'class_counts must be {num_classes} positive numbers: leave out classes without samples, '
+                             f'or count them as one.')
+        self.reduction = reduction
+        self.register_buffer('class_counts', counts.clone())
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, float32: () or, with reduction 'none', (B,).
+
+        Args:
+            logits: (B, C).
+            targets: Class indices (B,), or soft targets (B, C).
+
+        Raises:
+            ValueError: The shapes do not fit.
+        """
+        classes = len(self.class_counts)
+        if logits.ndim != 2 or logits.shape[1] != classes or targets.shape not in ((len(logits),), logits.shape):
+            raise ValueError(f'logits must be (B, {classes}) and targets (B,) or (B, {classes}), not '
+                             f'{tuple(logits.shape)} and {tuple(targets.shape)}.')
+        if self.class_counts.device != logits.device:
+            self.to(logits.device)
+        logits = logits.float()
+        targets = targets.long() if targets.ndim == 1 else targets.to(logits.dtype)
+        if self.counting and torch.is_grad_enabled():
+            if targets.ndim == 1:
+                counts = self.class_counts.index_add(0, targets, torch.ones_like(targets, dtype=torch.float32))
+            else:
+                counts = self.class_counts + targets.sum(dim=0)
+            self.class_counts = counts
+        return nn.functional.cross_entropy(logits + self.class_counts.log(), targets, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f'num_classes={len(self.class_counts)}, reduction={self.reduction!r}'

@@ -8,7 +8,9 @@ from ..head import NECKS
 __all__ = ['LOSSES', 'PREFIX', 'PluginOptions']
 
 PREFIX = 'dl2pa_'
-LOSSES = ('criterion', 'squared_cosine', 'dot_regression')
+LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
+# Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
+LOGIT_LOSSES = ('criterion', 'balanced_softmax')
 
 
 def _option(default: Any, kinds: tuple[type, ...], help: str) -> Any:
@@ -32,8 +34,9 @@ class PluginOptions:
     learn_scale: bool | None = _option(None, (bool,), "make the scale a parameter (default: with the script's own "
                                                       'loss, if no scale is given)')
     seed: int = _option(0, (int,), 'of the prototypes (default: 0)')
-    loss: str = _option('criterion', (str,), "criterion (the script's own, on the logits), squared_cosine or "
-                                             'dot_regression, which take its place (default: criterion)')
+    loss: str = _option('criterion', (str,), "criterion (the script's own, on the logits), squared_cosine, "
+                                             'dot_regression or balanced_softmax (both for long tails), which take '
+                                             'its place (default: criterion)')
     loss_weight: float | None = _option(None, (int, float), "factor on our losses (default: the loss's own, 30 and 1)")
     interval: int | str = _option('epoch', (int, str), "re-solve after each 'epoch', or after so many batches "
                                                        '(default: epoch)')
@@ -58,8 +61,9 @@ class PluginOptions:
         for name in ('warmup_epochs', 'prime'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{PREFIX}{name} must be at least 0, not {getattr(self, name)}.')
-        if self.loss == 'criterion' and self.loss_weight is not None:
-            raise ValueError(f"{PREFIX}loss_weight is for our losses: it has no meaning with {PREFIX}loss='criterion'.")
+        if self.loss in LOGIT_LOSSES and self.loss_weight is not None:
+            raise ValueError(f'{PREFIX}loss_weight is for our losses: it has no meaning with '
+                             f'{PREFIX}loss={self.loss!r}.')
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> 'PluginOptions | None':
@@ -84,5 +88,5 @@ class PluginOptions:
         names = ('dim', 'num_prototypes', 'prototypes', 'neck', 'scale', 'seed')
         learn_scale = self.learn_scale
         if learn_scale is None:
-            learn_scale = self.loss == 'criterion' and self.scale is None
+            learn_scale = self.loss in LOGIT_LOSSES and self.scale is None
         return {**{name: getattr(self, name) for name in names}, 'learn_scale': learn_scale}

@@ -15,7 +15,7 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
 from ..head import heads_of
-from ..losses import DotRegressionLoss, SquaredCosineLoss
+from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
 from ..priming import Primer
 from ..scheduler import AssignmentScheduler, AssignmentUpdate
 from .creation import plugin_options
@@ -88,8 +88,11 @@ class DL2PATask(TrainingTask):
         if isinstance(self.criterion, (BinaryCrossEntropy, JsdCrossEntropy)):
             raise ValueError(f'dl2pa_loss={options.loss} takes the place of the criterion, here '
                              f'{type(self.criterion).__name__}: leave out either it or --bce-loss / --jsd-loss.')
-        weight = {} if options.loss_weight is None else {'weight': options.loss_weight}
         replaced = type(self.criterion).__name__
+        if options.loss == 'balanced_softmax':
+            self.criterion = BalancedSoftmaxLoss(head.num_classes).to(head.prototypes.device)
+            return f' (in place of {replaced})'
+        weight = {} if options.loss_weight is None else {'weight': options.loss_weight}
         self.criterion = _LOSSES[options.loss](head, **weight)
         # No (B, C) logits in training where nothing else takes them: other distillation compares logits, and a model
         # with several classifiers averages them.
@@ -202,6 +205,7 @@ class DL2PATask(TrainingTask):
                 'batches': self._batches,
                 'primed_batches': self._primed_batches,
                 'primer': self._primer and self._primer.state_dict(),
+                'criterion': self._criterion_state(),
                 'scheduler': self.assignment_scheduler.state_dict(),
             }
         return state
@@ -223,12 +227,21 @@ class DL2PATask(TrainingTask):
         self.assignment_scheduler.load_state_dict(state['dl2pa']['scheduler'])
         self._batches = state['dl2pa']['batches']
         self._primed_batches = state['dl2pa'].get('primed_batches', 0)
+        counts = state['dl2pa'].get('criterion')
+        if counts and isinstance(self.criterion, BalancedSoftmaxLoss):
+            self.criterion.load_state_dict(counts)
         primer = state['dl2pa'].get('primer')
         if self._primer is not None and primer is not None:
             self._primer.load_state_dict(primer)
         elif self._primer is not None:
             self._primer.close()
             self._primer = None
+
+    def _criterion_state(self) -> dict[str, torch.Tensor] | None:
+        """Return the class counts of a balanced softmax."""
+        if not isinstance(self.criterion, BalancedSoftmaxLoss):
+            return None
+        return {name: value.cpu().clone() for name, value in self.criterion.state_dict().items()}
 
     def summary(self) -> dict[str, float]:
         """Return the figures of the last re-solve, for timm's summary: objectives are means over the classes."""
