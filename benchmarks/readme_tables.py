@@ -81,14 +81,16 @@ def demo_seeds(record: dict[str, Any]) -> str:
 # Methods as the tables name them: by the recipe's method, loss, neck and the scheduler's options.
 _METHODS = {
     'softmax': '`softmax`: `nn.Linear` after a linear layer to d',
+    'softmax balanced_softmax': '`softmax`, balanced softmax',
     'softmax linear_bn': 'the same, with batch norm between',
     'cosine_softmax': '`cosine_softmax`: both normalised, scale fixed',
     'static squared_cosine': '`static` (HPN), squared cosine',
     'static': '`static`, cross-entropy, scale fixed',
     'paper squared_cosine': "`paper`: the authors' rule, squared cosine",
     'dl2pa': '**`dl2pa`**, cross-entropy',
-    'dl2pa stop=0': 'the same head, assignment left to chance',
-    'dl2pa warmup=0': "the same head, the paper's rule",
+    'dl2pa balanced_softmax': '**`dl2pa`**, balanced softmax',
+    'dl2pa stop=0': 'the same head, `stop=0`: assignment left to chance',
+    'dl2pa warmup=0': "the same head, `warmup=0`: the paper's rule",
 }
 
 
