@@ -143,6 +143,11 @@ def test_reset_classifier_keeps_what_it_can():
     model.reset_classifier(7, global_pool='max')  # timm's own argument
     assert torch.equal(model.fc.prototypes, points) and model.fc.config.scale != scale
     assert model.global_pool.pool_type == 'max'
+    model.reset_classifier(8)  # as many as there are
+    assert torch.equal(model.fc.prototypes, points)
+    model.reset_classifier(6)  # none were spare: of so many, six would not be spread evenly
+    assert len(model.fc.prototypes) == 6 and not model.fc.config.own_prototypes
+    model = wrap_dl2pa(model, 6, prototypes=points)
     model.reset_classifier(9)  # too many for them
     assert len(model.fc.prototypes) == 9 and model.fc.dim == 6
 
