@@ -4,7 +4,9 @@ from .assignment import AssignmentResult, solve_assignment
 from .class_means import ClassMeans
 from .folding import fold_dl2pa
 from .head import DL2PAConfig, DL2PAHead, default_scale
+from .head_files import load_head
 from .hub import load_model, save_model
+from .hub_upload import push_head_to_hub
 from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
 from .priming import prime
@@ -35,12 +37,14 @@ __all__ = [
     'align_prototypes',
     'default_scale',
     'fold_dl2pa',
+    'load_head',
     'load_model',
     'load_prototypes',
     'make_prototypes',
     'max_cosine_lower_bound',
     'prime',
     'prototype_quality',
+    'push_head_to_hub',
     'save_model',
     'save_prototypes',
     'solve_assignment',

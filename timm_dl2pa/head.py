@@ -368,6 +368,22 @@ class DL2PAHead(nn.Module):
             self.config = replace(self.config, own_prototypes=True)
         self.assignment.copy_(assignment)
 
+    def save_pretrained(self, folder: str | os.PathLike, *, label_names: list[str] | None = None) -> None:
+        """Write the head to a folder: see `timm_dl2pa.head_files.save_head`."""
+        from .head_files import save_head
+        save_head(self, folder, label_names=label_names or getattr(self, 'label_names', None))
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, **kwargs: Any) -> 'DL2PAHead':
+        """Make the head of a folder or a Hub repository: see `timm_dl2pa.load_head`."""
+        from .head_files import load_head
+        return load_head(source, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the head alone to the Hugging Face Hub: see `timm_dl2pa.push_head_to_hub`."""
+        from .hub_upload import push_head_to_hub
+        return push_head_to_hub(self, repo_id, **kwargs)
+
     def extra_repr(self) -> str:
         config = self.config
         return (f'in_features={config.in_features}, num_classes={config.num_classes}, dim={config.dim}, '

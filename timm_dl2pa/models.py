@@ -1,5 +1,6 @@
 """wrap_dl2pa: a timm model with its classifier replaced."""
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from .head import DL2PAConfig, DL2PAHead, default_scale, heads_of
+from .head_files import fits, load_head, with_classes
 from .prototypes import make_prototypes
 
 __all__ = ['replace_classifiers', 'wrap_dl2pa']
@@ -272,6 +274,7 @@ def wrap_dl2pa(
         learn_scale: bool = False,
         train_output: str = 'logits',
         seed: int = 0,
+        head: DL2PAHead | str | os.PathLike | None = None,
 ) -> nn.Module:
     """Replace the classifier of a timm model by a DL2PA head, in place, and return the model.
 
@@ -296,6 +299,8 @@ def wrap_dl2pa(
         learn_scale: Make the scale a parameter.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes.
         seed: Seed of the prototypes.
+        head: A trained head, or where `load_head` finds one: a folder or a repository of the Hub. The other arguments
+            then are its own. With another `num_classes` its neck is kept and the assignment starts anew.
 
     Returns:
         The same model.
@@ -308,6 +313,10 @@ def wrap_dl2pa(
         >>> model = wrap_dl2pa(timm.create_model('resnet50', pretrained=True, num_classes=100), dim=128)
     """
     _check_has_classifier(model)
+    if head is not None:
+        others = dict(num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
+                      learn_scale=learn_scale, train_output=train_output, seed=seed)
+        return _wrap_with(model, head, num_classes, dim, others)
     if num_classes is None:
         num_classes = model.num_classes
         if num_classes < 1:
@@ -334,3 +343,32 @@ def wrap_dl2pa(
         return first
 
     return replace_classifiers(model, make_head, num_classes)
+
+
+def _wrap_with(
+        model: nn.Module,
+        head: DL2PAHead | str | os.PathLike,
+        num_classes: int | None,
+        dim: int,
+        others: dict[str, Any],
+) -> nn.Module:
+    """`wrap_dl2pa` with a trained head."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(wrap_dl2pa).parameters.items()}
+    given = [name for name, value in others.items() if value is not defaults[name] and value != defaults[name]]
+    origin = 'head' if isinstance(head, DL2PAHead) else os.fspath(head)
+    if not isinstance(head, DL2PAHead):
+        head = load_head(head)
+    if dim not in (defaults['dim'], head.dim):
+        given.append('dim')
+    if given:
+        raise ValueError(f'{", ".join(given)} cannot be given together with head=, which has its own: leave it out.')
+    if num_classes not in (None, head.num_classes):
+        head = with_classes(head, num_classes, origin, stacklevel=4)
+
+    def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
+        fits(head, model, in_features)
+        return copy.deepcopy(head).to(device, dtype)
+
+    model = replace_classifiers(model, make_head, head.num_classes)
+    model.label_names = getattr(head, 'label_names', None)
+    return model

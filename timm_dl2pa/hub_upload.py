@@ -1,0 +1,95 @@
+"""Heads on the Hugging Face Hub: one commit with all files, or none."""
+import torch.nn as nn
+
+from .card import head_card
+from .head import heads_of
+from .head_files import head_files
+
+__all__ = ['push_head_to_hub']
+
+_CARD_NAME = 'README.md'
+
+
+def push_head_to_hub(
+        model_or_head: nn.Module,
+        repo_id: str,
+        *,
+        label_names: list[str] | None = None,
+        base_model: str | None = None,
+        metrics: dict[str, float] | None = None,
+        license: str | None = None,
+        commit_message: str = 'Upload a DL2PA head',
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+) -> str:
+    """Upload a head alone, a few kilobytes to megabytes, to a repository of the Hugging Face Hub.
+
+    The repository is made if there is none. All files come in one commit. A model card is added where the repository
+    has none yet. `load_head(repo_id)` and `wrap_dl2pa(backbone, head=repo_id)` bring the head back.
+
+    Args:
+        model_or_head: A wrapped model, whose main head is taken, or a head.
+        repo_id: 'me/name'.
+        label_names: C names of the classes. Default: those that the head was loaded with, if any.
+        base_model: For the card, the backbone's repository, if the backbone was not trained further:
+            'timm/resnet50.a1_in1k', say.
+        metrics: For the card: 'accuracy' and the like, as fractions.
+        license: For the card: 'apache-2.0', say.
+        commit_message: Its first line.
+        private: Whether a new repository is private. See huggingface_hub, as `token`, `revision` and `create_pr`.
+        token: A token with write access. Default: the one that `hf auth login` keeps.
+        revision: The branch. Default: main.
+        create_pr: Open a pull request rather than commit.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: There is no head, it is not finite, or the number of names is not C. Nothing was sent.
+        RuntimeError: The upload failed in a repository that was just made, which is left empty.
+        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise. The repository is as it was.
+    """
+    heads = heads_of(model_or_head)
+    if not heads:
+        raise ValueError(f'{type(model_or_head).__name__} has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    head = heads[0]
+    if label_names is None:
+        label_names = getattr(model_or_head, 'label_names', None) or getattr(head, 'label_names', None)
+    contents = head_files(head, label_names)
+    contents[_CARD_NAME] = head_card(head, repo_id, label_names=label_names, base_model=base_model, metrics=metrics,
+                                     license=license).encode()
+    return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
+                  create_pr=create_pr)
+
+
+def upload(
+        contents: dict[str, bytes],
+        repo_id: str,
+        *,
+        commit_message: str,
+        private: bool | None,
+        token: str | bool | None,
+        revision: str | None,
+        create_pr: bool,
+) -> str:
+    """Send files in one commit, the card only where there is none, and return the commit's address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from . import __version__
+    api = HfApi(token=token, library_name='timm_dl2pa', library_version=__version__)
+    is_new = not api.repo_exists(repo_id)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        if not is_new and api.file_exists(repo_id, _CARD_NAME, revision=revision):
+            contents = {name: content for name, content in contents.items() if name != _CARD_NAME}
+        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr)
+    except Exception as error:
+        if not is_new:
+            raise
+        raise RuntimeError(f'the repository {repo_id} was made, but the upload failed, so that it is empty: upload '
+                           f'again, or delete it on the Hub. ({type(error).__name__}: {error})') from error
+    return commit.pr_url or commit.commit_url
