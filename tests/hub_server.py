@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         sent = body
         if self.fault in ('truncated', 'corrupted') and body and self.command == 'GET':
-            sent = body[:len(body) // 2] if self.fault == 'truncated' else body[:-8] + b'\x01\x02\x03\x04\x05\x06\x07\x08'
+            sent = body[:len(body) // 2] if self.fault == 'truncated' else body[:-4] + b'\x01\x02\x03\x04'
         for name, value in {'Content_Length': str(len(body)), **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
@@ -151,6 +151,16 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{'rfilename': path} for path in repository.commits[oid]]
         return self.answer(200, {'id': name, 'modelId': name, 'sha': oid, 'private': repository.private,
                                  'siblings': files, 'tags': [], 'downloads': 0, 'likes': 0})
+
+    def tree(self, name, revision):
+        repository = self.repository(name)
+        if repository is None:
+            return None
+        oid = repository.find(revision)
+        if oid is None:
+            return self.error(404, 'Revision not found', 'RevisionNotFound')
+        return self.answer(200, [{'type': 'file', 'path': path, 'size': len(content), 'oid': '0' * 40}
+                                 for path, content in repository.commits[oid].items()])
 
     def validate(self):
         content = json.loads(self.body)['content']
@@ -237,6 +247,7 @@ _ROUTES = (
     ('POST', '/api/validate-yaml', _Handler.validate),
     ('GET', f'/api/models/{_NAME}', _Handler.info),
     ('GET', f'/api/models/{_NAME}/revision/([^/]+)', _Handler.info),
+    ('GET', f'/api/models/{_NAME}/tree/([^/]+)', _Handler.tree),
     ('POST', f'/api/models/{_NAME}/preupload/([^/]+)', _Handler.preupload),
     ('POST', f'/api/models/{_NAME}/commit/([^/]+)', _Handler.commit),
     ('POST', rf'/{_NAME}\.git/info/lfs/objects/batch', _Handler.batch),

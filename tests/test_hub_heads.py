@@ -24,6 +24,8 @@ LABELS = list('abcdef')
 def hub(monkeypatch, tmp_path):
     with Hub() as hub:
         monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                            hub.url + '/{repo_id}/resolve/{revision}/{filename}')
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub cache'))
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
@@ -50,7 +52,7 @@ def one():
 
 
 def same(head, other):
-    x = torch.randn(4, head.in_features)
+    x = torch.randn(4, head.in_features, generator=torch.Generator().manual_seed(1))
     return torch.equal(head(x), other(x)) and head.config == other.config
 
 
@@ -171,6 +173,7 @@ HOSTILE = {
     'text': (dict(dim='5'), "dim in config.json must not be '5'"),
     'bool': (dict(dim=True), 'dim in config.json must not be True'),
     'nan scale': (dict(scale=float('nan')), 'scale in config.json must be finite'),
+    'another scale': (dict(scale=3.0), r'scale is 7\.\d+ in model.safetensors, and 3.0 in config.json'),
     'list': (dict(neck=['linear']), 'neck in config.json must not be'),
     'unknown neck': (dict(neck='../../etc'), 'neck must be one of'),
     'newer': (dict(format=99), 'has the format 99, newer than'),
@@ -184,7 +187,7 @@ HOSTILE = {
     'nan prototypes': (dict(tensors={'prototypes': POINTS * float('nan')}), 'prototypes is not finite'),
     'assignment': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 4])}), 'share the prototype 4'),
     'outside': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 6])}), 'outside 0..5'),
-    'float assignment': (dict(tensors={'assignment': torch.arange(6.0)}), 'assignment in model.safetensors must not be'),
+    'float assignment': (dict(tensors={'assignment': torch.arange(6.0)}), 'assignment in model.safetensors must not'),
     'whole weights': (dict(tensors={'neck.0.weight': torch.ones(5, 7, dtype=torch.int64)}), 'neck.0.weight in model'),
     'infinite': (dict(tensors={'neck.1.bias': torch.full((5,), float('inf'))}), 'neck.1.bias is not finite'),
     'missing': (dict(tensors={'neck.1.bias': None}), 'neck.1.bias is missing'),
@@ -206,14 +209,14 @@ def test_damaged_and_missing_files(one, tmp_path):
     one.save_pretrained(tmp_path)
     weights = (tmp_path / 'model.safetensors').read_bytes()
     (tmp_path / 'model.safetensors').write_bytes(weights[:-9])
-    with pytest.raises(ValueError, match='model.safetensors is damaged'):
+    with pytest.raises(ValueError, match=r'model.safetensors is damaged'):
         load_head(tmp_path)
     for content in (b'{', b'\xff\xfe', b'[]'):
         (tmp_path / 'config.json').write_bytes(content)
         with pytest.raises(ValueError, match=r'config.json is (damaged|not that of a DL2PA head)'):
             load_head(tmp_path)
     (tmp_path / 'model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match='has no model.safetensors: it is no folder of a DL2PA head'):
+    with pytest.raises(FileNotFoundError, match=r'has no model.safetensors: it is no folder of a DL2PA head'):
         load_head(tmp_path)
     torch.save(one.state_dict(), tmp_path / 'pytorch_model.bin')
     with pytest.raises(ValueError, match=r'as a pickle alone \(pytorch_model.bin\)'):
@@ -279,11 +282,11 @@ def test_the_card(hub, one):
     assert hub.files('me/head')['README.md'] == b'mine'
 
 
-def test_private_repositories_and_rights(hub, one):
+def test_private_repositories_and_rights(hub, one, tmp_path):
     one.push_to_hub('me/secret', token='hf_writer', private=True)
     assert same(one, load_head('me/secret', token='hf_reader'))
     with pytest.raises(errors.RepositoryNotFoundError) as caught:
-        load_head('me/secret', force_download=True, cache_dir=hub.url[-5:])
+        load_head('me/secret', cache_dir=tmp_path / 'other')
     assert 'hf_' not in str(caught.value)
     for token in (None, 'hf_reader', 'hf_wrong'):
         with pytest.raises(errors.HfHubHTTPError) as caught:
@@ -345,7 +348,7 @@ def test_repositories_that_hold_no_head(hub, one):
         load_head('me/pickle')
     assert not any(path.endswith('pytorch_model.bin') for _, path in hub.requests)
     hub.put('me/empty', {})
-    with pytest.raises(ValueError, match='me/empty has no config.json'):
+    with pytest.raises(ValueError, match=r'me/empty has no config\.json'):
         load_head('me/empty')
     with pytest.raises(errors.RepositoryNotFoundError):
         load_head('me/nothing')

@@ -36,12 +36,13 @@ def head_card(
         pipeline_tag='image-classification', base_model=base_model, license=license, eval_results=results,
         model_name=name if results else None)
     config = head.config
+    scale = head.current_scale().item()
     rows: dict[str, Any] = {
         'classes': f'{config.num_classes:,}',
         'prototypes': f'{config.num_prototypes:,}, unit vectors in {config.dim:,} dimensions, fixed',
         'features of the backbone': f'{config.in_features:,}',
         'neck': config.neck,
-        'scale of the cosines': f'{float(head.current_scale().detach()):.4g}' + (', learned' if config.learn_scale else ''),
+        'scale of the cosines': f'{scale:.4g}' + (', learned' if config.learn_scale else ''),
         'parameters': f'{sum(parameter.numel() for parameter in head.parameters()):,}',
     }
     if base_model:

@@ -133,7 +133,10 @@ def load_head(
         head.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f'{origin}: {error}') from None
-    head.config = replace(head.config, own_prototypes=config.own_prototypes)
+    if not config.learn_scale and float(tensors['scale']) != torch.tensor(config.scale).item():
+        raise ValueError(f'{origin}: scale is {float(tensors["scale"])} in {WEIGHTS_NAME}, and {config.scale} in '
+                         f'{CONFIG_NAME}.')
+    head.config = config  # to the digit, where the buffer is rounded
     head.label_names = label_names
     if num_classes not in (None, head.num_classes):
         head = with_classes(head, num_classes, origin)
