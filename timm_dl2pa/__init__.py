@@ -6,7 +6,7 @@ from .folding import fold_dl2pa
 from .head import DL2PAConfig, DL2PAHead, default_scale
 from .head_files import load_head
 from .hub import load_model, save_model
-from .hub_upload import push_head_to_hub
+from .hub_upload import push_head_to_hub, push_model_to_hub
 from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
 from .models import wrap_dl2pa
 from .priming import prime
@@ -45,6 +45,7 @@ __all__ = [
     'prime',
     'prototype_quality',
     'push_head_to_hub',
+    'push_model_to_hub',
     'save_model',
     'save_prototypes',
     'solve_assignment',

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from .head import DL2PAHead, heads_of
-from .models import RemovedLinear, loose_tensors, set_module
+from .models import RemovedLinear, loose_tensors, record_in_registrys_terms, set_module
 
 __all__ = ['fold_dl2pa']
 
@@ -54,6 +54,7 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
                                    if not tensor.is_leaf})
     for name in ('reset_classifier', 'get_classifier', 'dl2pa_options'):
         folded.__dict__.pop(name, None)
+    record_in_registrys_terms(folded, None)
     like = next(model.parameters())
     for path, head in [(path, module) for path, module in folded.named_modules() if isinstance(module, DL2PAHead)]:
         length = 1.0 if lengths is None or normalize else lengths[path]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .head import DL2PAConfig, DL2PAHead, heads_of
-from .models import replace_classifiers
+from .models import backbone_name, replace_classifiers
 from .prototypes.files import replace_file
 
 __all__ = ['load_model', 'save_model']
@@ -59,12 +59,9 @@ def save_model(
     if not pretrained_cfg.get('architecture'):
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model: its pretrained_cfg names '
                          f'no architecture.')
-    tag = pretrained_cfg.get('tag')
-    # Of a model that timm's registry made as 'dl2pa', the backbone.
-    backbone = getattr(model, '_model_args', {}).get('dl2pa_backbone')
     config = {
         'format': _FORMAT,
-        'architecture': backbone or pretrained_cfg['architecture'] + (f'.{tag}' if tag else ''),
+        'architecture': backbone_name(model),
         'model_args': model_args or {},
         'head': asdict(head.config),
         'label_names': label_names,

@@ -194,9 +194,44 @@ def replace_classifiers(
     main = next(iter(heads.values()))
     model.num_classes = main.num_classes
     # As attributes of the model rather than of a class made up for it: its type stays timm's.
+    record_in_registrys_terms(model, main.config)
     model.reset_classifier = _ResetClassifier(model, main.config)
     model.get_classifier = _GetClassifier(model)
     return model
+
+
+REGISTRY_NAME, REGISTRY_PREFIX = 'dl2pa', 'dl2pa_'
+
+
+def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> None:
+    """Have a model say how timm's registry makes it, as timm's own exports ask: as the entry `dl2pa` on a backbone.
+
+    Without a config, as the backbone alone. A model that timm did not make is left as it is.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not cfg.get('architecture'):
+        return
+    arguments = dict(getattr(model, '_model_args', {}))
+    own = {name: arguments.pop(name) for name in list(arguments) if name.startswith(REGISTRY_PREFIX)}
+    tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
+    backbone = own.get('dl2pa_backbone') or cfg['architecture'] + tag
+    if config is None:
+        name, _, tag = backbone.partition('.')
+        cfg = {**cfg, 'architecture': name, 'tag': tag or None}
+    else:
+        cfg = {**cfg, 'architecture': REGISTRY_NAME, 'tag': None}
+        arguments.update(dl2pa_backbone=backbone, dl2pa_dim=config.dim, dl2pa_neck=config.neck,
+                         dl2pa_scale=config.scale, dl2pa_learn_scale=config.learn_scale, dl2pa_seed=config.seed,
+                         dl2pa_train_output=config.train_output)
+        if config.num_prototypes != config.num_classes:
+            arguments['dl2pa_num_prototypes'] = config.num_prototypes
+    model.pretrained_cfg = model.default_cfg = cfg
+    model._model_args = arguments
+
+
+def backbone_name(model: nn.Module) -> str | None:
+    """Return the name, with its tag, that `timm.create_model` makes a wrapped model's backbone by; None if unknown."""
+    return getattr(model, '_model_args', {}).get('dl2pa_backbone')
 
 
 class _GetClassifier:
@@ -238,6 +273,7 @@ class _ResetClassifier:
         self.config = old = heads[0].config if heads else self.config
         if num_classes == 0:
             _reset(self.model, 0, *args, **kwargs)
+            record_in_registrys_terms(self.model, None)
             return
         points = heads[0].prototypes if heads and old.own_prototypes else None
         spare = old.num_prototypes > old.num_classes  # then a part of the points is meant to serve

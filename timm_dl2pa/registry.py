@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, load_pretrained, register_model
 
 from .head import heads_of
 from .models import wrap_dl2pa
+from .prototypes import make_prototypes
 
 __all__ = ['dl2pa']
 
@@ -18,7 +19,7 @@ _logger = logging.getLogger(__name__)
 _PREFIX = 'dl2pa_'
 _SOURCES = ('source', 'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
 _OPTIONS = tuple(name for name in inspect.signature(wrap_dl2pa).parameters
-                 if name not in ('model', 'num_classes'))
+                 if name not in ('model', 'num_classes', 'head'))
 
 
 @register_model
@@ -69,7 +70,14 @@ def dl2pa(
             raise ValueError("features_only=True takes the backbone's weights alone. For a DL2PA model's, load the "
                              'model and give it to timm.models.FeatureGetterNet.')
         return backbone  # which has no classifier
-    model = wrap_dl2pa(backbone, **options)
+    if whole and options.get('prototypes') is None:
+        # Those of the file take their place: none need to be computed.
+        dim = options.get('dim', inspect.signature(wrap_dl2pa).parameters['dim'].default)
+        count = options.get('num_prototypes') or kwargs.get('num_classes') or backbone.num_classes
+        points = torch.eye(dim)[:1].expand(count, -1)
+        model = wrap_dl2pa(backbone, **{**options, 'num_prototypes': None, 'prototypes': points})
+    else:
+        model = wrap_dl2pa(backbone, **options)
     given = {name: value for name, value in given.items() if value is not None}
     cfg = {**model.pretrained_cfg, 'tag': None, **given, 'architecture': 'dl2pa', 'custom_load': False}
     if whole:
@@ -80,8 +88,7 @@ def dl2pa(
             cfg.pop(name, None)
     cfg.pop('state_dict', None)
     model.pretrained_cfg = model.default_cfg = cfg
-    arguments = {_PREFIX + name: value for name, value in options.items()}
-    model._model_args = {**getattr(model, '_model_args', {}), 'dl2pa_backbone': dl2pa_backbone, **arguments}
+    model._model_args['dl2pa_backbone'] = dl2pa_backbone
     return model
 
 
@@ -97,6 +104,9 @@ def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, tor
     for path, module in model.named_modules():
         if module not in heads_of(model):
             continue
+        config = module.config
+        points = make_prototypes(config.num_prototypes, config.dim, seed=config.seed)
+        module.assign(module.assignment, points)
         for name, own in module.state_dict(prefix=f'{path}.').items():
             fits = name in state and state[name].shape == own.shape
             if not name.startswith((f'{path}.neck.', f'{path}.before.')) or not fits:
