@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from huggingface_hub import errors
+from stand_in import train
 from test_hub_heads import LABELS, hub  # noqa: F401  the fixture
 
 from timm_dl2pa import fold_dl2pa, load_head, push_head_to_hub, push_model_to_hub, wrap_dl2pa
+from timm_dl2pa.cli import main
+from timm_dl2pa.training import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore:.*HTTP upload')]
 RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
@@ -94,8 +97,8 @@ def test_folded_needs_timm_alone(hub, tmp_path):  # noqa: F811
 
 def test_wrong_arguments_are_found_before_anything_is_sent(hub):  # noqa: F811
     model = make('test_vit', dict(img_size=32))
-    with pytest.raises(ValueError, match='Give model_args, those of timm.create_model'):
-        push_model_to_hub(model, 'me/model', model_args=dict(img_size=64), token='hf_writer')
+    with pytest.raises(ValueError, match=r'Give model_args, those of timm\.create_model'):
+        push_model_to_hub(model, 'me/model', model_args=dict(img_size=32, patch_size=8), token='hf_writer')
     with pytest.raises(ValueError, match='label_names must be 6 names'):
         push_model_to_hub(model, 'me/model', label_names=['a'], token='hf_writer')
     with pytest.raises(ValueError, match='has no DL2PAHead'):
@@ -144,3 +147,24 @@ def test_a_models_registry_name_comes_and_goes():
     assert model.pretrained_cfg == cfg
     model.reset_classifier(3)
     assert model.pretrained_cfg['architecture'] == 'dl2pa'
+
+
+def test_command_pushes_a_training(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    with plugged_in():
+        task = train(tmp_path, dl2pa_dim=3, dl2pa_neck='linear_bn')
+    trained = task.get_trainable_module().eval()
+    start, options = ['push', str(tmp_path / 'last.pth.tar')], ['--model', 'test_resnet', '--license', 'mit']
+    x = torch.randn(4, 3, 32, 32)
+    assert main([*start, 'me/model', *options]) == 0
+    assert capsys.readouterr().out.startswith(f'{hub.url}/me/model/commit/')
+    assert torch.equal(timm.create_model('hf-hub:me/model', pretrained=True).eval()(x), trained(x))
+    assert 'license: mit' in hub.files('me/model')['README.md'].decode()
+    main([*start, 'me/head', '--head-only', *options])
+    assert load_head('me/head').config.dim == 3
+    main([*start, 'me/plain', '--folded', '--create-pr', *options])
+    assert 'discussions/1' in capsys.readouterr().out and hub.files('me/plain') == {}
+    assert b'"test_resnet"' in hub.files('me/plain', 'refs/pr/1')['config.json']
+    with pytest.raises(SystemExit):
+        main(['push', str(tmp_path / 'none.pth.tar'), 'me/none'])
+    assert 'timm-dl2pa push' in capsys.readouterr().err

@@ -131,4 +131,5 @@ def test_other_models_are_as_before():
     model = timm.create_model('test_resnet', num_classes=5)
     assert type(model.fc) is torch.nn.Linear and 'get_classifier' not in vars(model)
     wrap_dl2pa(model, 3)
-    assert model.pretrained_cfg['architecture'] == 'test_resnet'
+    other = timm.create_model('test_resnet', num_classes=5)
+    assert other.pretrained_cfg['architecture'] == 'test_resnet' and type(other.fc) is torch.nn.Linear

@@ -24,8 +24,8 @@ def head_card(head: DL2PAHead, repo_id: str, **known: Any) -> str:
         '...  # the timm model that this head was trained on'
     load = f'import timm\nfrom timm_dl2pa import wrap_dl2pa\n\nbackbone = {made}\n' \
            f'model = wrap_dl2pa(backbone, head={repo_id!r})'
-    what = f'A classifier head on fixed prototypes for a timm model: {_METHOD}. It is the head alone; the backbone is ' \
-           f'needed beside it.'
+    what = f'A classifier head on fixed prototypes for a timm model: {_METHOD}. It is the head alone; the backbone ' \
+           'is needed beside it.'
     return _card(head, repo_id, what, load, 'timm_dl2pa', **known)
 
 

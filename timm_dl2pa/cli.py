@@ -82,6 +82,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fold.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
                       help='its arguments and the dl2pa_... options, where the checkpoint does not say')
 
+    push = commands.add_parser(
+        'push',
+        help="upload a checkpoint's model to the Hugging Face Hub",
+        description='Uploads backbone and head, the head alone, or the plain timm model that they fold to, in one '
+                    'commit of safetensors, with a model card.',
+    )
+    push.add_argument('checkpoint', metavar='CHECKPOINT',
+                      help="of timm's train.py, or a folder of save_model's")
+    push.add_argument('repo_id', metavar='ME/NAME')
+    kind = push.add_mutually_exclusive_group()
+    kind.add_argument('--head-only', action='store_true', help='the head alone')
+    kind.add_argument('--folded', action='store_true', help='the plain timm model')
+    push.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    push.add_argument('--model', metavar='NAME', help='the backbone, where the checkpoint does not say')
+    push.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
+                      help='its arguments and the dl2pa_... options, where the checkpoint does not say')
+    push.add_argument('--base-model', metavar='NAME', help='for the card: what it was trained from')
+    push.add_argument('--license', metavar='NAME', help='for the card')
+    push.add_argument('--revision', metavar='BRANCH')
+    push.add_argument('--private', action='store_true', default=None, help='for a new repository')
+    push.add_argument('--create-pr', action='store_true', help='open a pull request')
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ['run']:
         # Its options may stand anywhere among the script's, which argparse's subcommands do not know.
@@ -106,6 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(fold_checkpoint(options.pop('checkpoint'), **options))
         except (ValueError, OSError) as error:
             fold.exit(2, f'timm-dl2pa fold: {error}\n')
+        return 0
+    if command == 'push':
+        from .training.plain import push_checkpoint
+        try:
+            print(push_checkpoint(options.pop('checkpoint'), options.pop('repo_id'), **options))
+        except (ValueError, OSError, RuntimeError) as error:
+            push.exit(2, f'timm-dl2pa push: {error}\n')
         return 0
     if command == 'inspect':
         from .training.inspection import inspect_checkpoint

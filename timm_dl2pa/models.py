@@ -221,8 +221,7 @@ def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> N
     else:
         cfg = {**cfg, 'architecture': REGISTRY_NAME, 'tag': None}
         arguments.update(dl2pa_backbone=backbone, dl2pa_dim=config.dim, dl2pa_neck=config.neck,
-                         dl2pa_scale=config.scale, dl2pa_learn_scale=config.learn_scale, dl2pa_seed=config.seed,
-                         dl2pa_train_output=config.train_output)
+                         dl2pa_scale=config.scale, dl2pa_learn_scale=config.learn_scale, dl2pa_seed=config.seed)
         if config.num_prototypes != config.num_classes:
             arguments['dl2pa_num_prototypes'] = config.num_prototypes
     model.pretrained_cfg = model.default_cfg = cfg

@@ -1,4 +1,4 @@
-"""`timm-dl2pa fold CHECKPOINT OUT`: the checkpoint of a plain timm model from that of a DL2PA model."""
+"""What `timm-dl2pa fold` and `push` make of a DL2PA model's checkpoint: a plain timm model's, a repository."""
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from timm.models import clean_state_dict
 from ..folding import fold_dl2pa
 from ..head import heads_of
 from ..hub import CONFIG_NAME, load_model
+from ..hub_upload import push_head_to_hub, push_model_to_hub
 from ..models import wrap_dl2pa
 from .inspection import read_checkpoint
 from .options import PREFIX, PluginOptions
 
-__all__ = ['fold_checkpoint', 'load_wrapped']
+__all__ = ['fold_checkpoint', 'load_wrapped', 'push_checkpoint']
 
 
 def load_wrapped(
@@ -113,3 +114,41 @@ def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = F
         return f'{output}: {name}, {classes} classes, with a classifier of three layers: no model of timm\'s by itself.'
     given = ''.join(f', {key}={value!r}' for key, value in arguments.items())
     return f'{output}: timm.create_model({name!r}, num_classes={classes}{given}, checkpoint_path={str(output)!r})'
+
+
+def push_checkpoint(
+        path: str | Path,
+        repo_id: str,
+        *,
+        head_only: bool = False,
+        folded: bool = False,
+        use_ema: bool = False,
+        model: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **upload: Any,
+) -> str:
+    """Upload the model of a checkpoint to the Hub, and return the commit's address.
+
+    The card says the top-1 that the checkpoint was saved with, if it does.
+
+    Args:
+        path: What `load_wrapped` takes, as `use_ema`, `model` and `model_kwargs`.
+        repo_id: 'me/name'.
+        head_only: The head alone.
+        folded: The plain timm model.
+        upload: Arguments of `push_model_to_hub` and `push_head_to_hub`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: See `load_wrapped`, `push_model_to_hub` and `push_head_to_hub`.
+    """
+    wrapped, _, arguments = load_wrapped(path, use_ema=use_ema, model=model, model_kwargs=model_kwargs)
+    if not Path(path).is_dir():
+        # timm saves its best metric, top-1 in percent by default.
+        checkpoint = read_checkpoint(path)
+        metric = checkpoint.get('metric')
+        if isinstance(metric, (int, float)) and getattr(checkpoint.get('args'), 'eval_metric', None) == 'top1':
+            upload['metrics'] = {'accuracy': round(metric / 100, 6)}
+    if head_only:
+        return push_head_to_hub(wrapped, repo_id, **upload)
+    return push_model_to_hub(wrapped, repo_id, folded=folded, model_args=arguments, **upload)
