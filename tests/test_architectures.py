@@ -114,6 +114,8 @@ def test_encoders_are_refused():
     ('samvit_base_patch16_224', 1), ('crossvit_tiny_240', 2), ('efficientvim_m1', 4)])
 def test_reset_classifier(name, classifiers):
     model, images = make(name)
+    if images.is_meta and VERSION < (1, 0, 31):
+        pytest.skip('older ones make tensors on the CPU in a forward on the meta device')
     wrap_dl2pa(model, 3, neck='linear_bn', scale=7.0, num_prototypes=8).eval()
     plain, _ = make(name, num_classes=0)
     with torch.no_grad():

@@ -74,12 +74,13 @@ def _card(
         'parameters of the head': f'{sum(parameter.numel() for parameter in head.parameters()):,}',
         **(metrics or {}),
     }
+    table = ['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items() if value is not None)]
     parts = [
         f'---\n{data.to_yaml()}\n---',
         f'# {name}',
         what,
         f'```python\n{load}\n```',
-        '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows.items() if value is not None)]),
+        '\n'.join(table),
     ]
     if label_names:
         shown = ', '.join(label_names[:20]) + (f' and {len(label_names) - 20:,} more' if len(label_names) > 20 else '')

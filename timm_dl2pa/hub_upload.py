@@ -128,8 +128,8 @@ def push_model_to_hub(
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names must be {model.num_classes} names, one a class, not {len(label_names)}.')
     if not getattr(model, '_model_args', {}).get('dl2pa_backbone'):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not make '
-                         f'it again: push the head alone.')
+        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
+                         f'make it again: push the head alone.')
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f'{name} is not finite.')

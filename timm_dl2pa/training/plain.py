@@ -145,7 +145,7 @@ def push_checkpoint(
     wrapped, _, arguments = load_wrapped(path, use_ema=use_ema, model=model, model_kwargs=model_kwargs)
     if not Path(path).is_dir():
         # timm saves its best metric, top-1 in percent by default.
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(Path(path))
         metric = checkpoint.get('metric')
         if isinstance(metric, (int, float)) and getattr(checkpoint.get('args'), 'eval_metric', None) == 'top1':
             upload['metrics'] = {'accuracy': round(metric / 100, 6)}
