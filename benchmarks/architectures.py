@@ -71,6 +71,12 @@ def with_gradient(model: nn.Module, x: torch.Tensor) -> set[str]:
     return {name for name, p in model.named_parameters() if p.grad is not None}
 
 
+def has_finite_gradients(model: nn.Module) -> bool | None:
+    """Return whether all gradients are finite; None on the meta device."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return None if gradients[0].is_meta else all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
 def is_composed(model: nn.Module, x: torch.Tensor) -> bool | None:
     """Return whether forward is forward_head after forward_features; None where the model has no such parts."""
     model.eval()
@@ -95,7 +101,10 @@ def check(name: str, max_parameters: int) -> dict[str, Any]:
     if parameters <= max_parameters:
         result['checked'] = 'run'
         model, x = make(name, size, 'cpu'), torch.rand(2, 3, size, size)
-    expected, composed = with_gradient(model, x), is_composed(model, x)
+    expected = with_gradient(model, x)
+    # Deep batch norms over two images of a pixel each may explode, whatever the classifier.
+    finite = has_finite_gradients(model)
+    composed = is_composed(model, x)
     backbone = {parameter: id(tensor) for parameter, tensor in model.named_parameters()}
     timms_shapes = {key: value.shape for key, value in model.state_dict().items()}
 
@@ -116,8 +125,9 @@ def check(name: str, max_parameters: int) -> dict[str, Any]:
     new = {parameter for path, head in heads.items() for parameter, _ in head.neck.named_parameters(f'{path}.neck')}
     if len(heads) == 1:
         assert new <= ours, f'no gradient reaches {sorted(new - ours)}'
-    assert x.is_meta or all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), \
-        'gradients not finite'
+    if has_finite_gradients(model) is False:
+        assert finite is False, 'gradients not finite'
+        result['finite'] = False  # nor are those of timm's own model
 
     with torch.no_grad(), torch.device(x.device):
         logits = model.eval()(x)
