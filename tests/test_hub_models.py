@@ -110,6 +110,20 @@ def test_wrong_arguments_are_found_before_anything_is_sent(hub):  # noqa: F811
     assert not hub.requests
 
 
+def test_a_model_that_would_come_back_changed_is_not_sent(hub, monkeypatch):  # noqa: F811
+    model, create_model = make('test_resnet', {}), timm.create_model
+
+    def change(*args, **kwargs):
+        again = create_model(*args, **kwargs)
+        again.fc.assignment.copy_(again.fc.assignment.flip(0))
+        return again
+
+    monkeypatch.setattr(timm, 'create_model', change)
+    with pytest.raises(ValueError, match=r'timm makes another model, .*fc\.assignment differs'):
+        push_model_to_hub(model, 'me/model', token='hf_writer')
+    assert not hub.requests
+
+
 def test_a_failed_upload(hub):  # noqa: F811
     model = make('test_resnet', {})
     hub.faults[:] = [('POST', '/commit/', 403)] * 20
