@@ -115,6 +115,8 @@ def test_a_model_that_would_come_back_changed_is_not_sent(hub, monkeypatch):  # 
 
     def change(*args, **kwargs):
         again = create_model(*args, **kwargs)
+        if not args[0].startswith('local-dir:'):
+            return again  # the backbone
         again.fc.assignment.copy_(again.fc.assignment.flip(0))
         return again
 
