@@ -100,13 +100,13 @@ class Recipe:
     start_from: str | None = None
     validation: bool = False
     image_size: int | None = None
-    precision: str = 'bfloat16'
+    precision: str = 'auto'
     seed: int = 3
     dl2pa: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (('method', METHODS), ('loss', LOSSES), ('schedule', (*SCHEDULES, 'cosine')),
-                            ('classes', ('all', 'first_half', 'second_half')), ('precision', ('float32', 'bfloat16'))):
+                            ('classes', ('all', 'first_half', 'second_half')), ('precision', ('auto', 'float32', 'bfloat16'))):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}.')
         if self.start_from not in (None, 'first_half') or self.start_from == self.classes:
@@ -193,8 +193,18 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
+def precision(recipe: Recipe, device: torch.device) -> str:
+    """Return the recipe's precision; 'auto' is bfloat16 where the device computes in it, and does not emulate it."""
+    if recipe.precision != 'auto':
+        return recipe.precision
+    if device.type == 'cuda':
+        return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float32'
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    return 'bfloat16' if capabilities.get('avx512_bf16') or capabilities.get('amx_bf16') else 'float32'
+
+
 def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bfloat16')
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(recipe, device) == 'bfloat16')
 
 
 def learning_rate(recipe: Recipe, share: float) -> float:
@@ -431,6 +441,7 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
     record = {
         'command': command,
         'recipe': asdict(recipe),
+        'precision': precision(recipe, device),
         'environment': environment(),
         'results': {name: value if isinstance(value, dict) else round(value, 3)
                     for name, value in run.results(held_out).items()},
