@@ -106,7 +106,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, known in (('method', METHODS), ('loss', LOSSES), ('schedule', (*SCHEDULES, 'cosine')),
-                            ('classes', ('all', 'first_half', 'second_half')), ('precision', ('auto', 'float32', 'bfloat16'))):
+                            ('classes', ('all', 'first_half', 'second_half')),
+                            ('precision', ('auto', 'float32', 'bfloat16'))):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, not {getattr(self, name)!r}.')
         if self.start_from not in (None, 'first_half') or self.start_from == self.classes:
