@@ -13,7 +13,6 @@ from hub_server import Hub
 from huggingface_hub import constants, errors
 from safetensors.torch import load, save
 
-import timm_dl2pa.head_files
 from timm_dl2pa import DL2PAHead, load_head, make_prototypes, push_head_to_hub, wrap_dl2pa
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*HTTP upload')
@@ -173,6 +172,7 @@ HOSTILE = {
     'text': (dict(dim='5'), "dim in config.json must not be '5'"),
     'bool': (dict(dim=True), 'dim in config.json must not be True'),
     'nan scale': (dict(scale=float('nan')), 'scale in config.json must be finite'),
+    'huge scale': (dict(scale=10 ** 400), 'config.json: int too large'),
     'another scale': (dict(scale=3.0), r'scale is 9\.\d+ in model.safetensors, and 3.0 in'),
     'list': (dict(neck=['linear']), 'neck in config.json must not be'),
     'unknown neck': (dict(neck='../../etc'), 'neck must be one of'),
@@ -370,4 +370,3 @@ def test_with_the_environment_variable_alone(hub, one, tmp_path):
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120, env={
         **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'})
     assert 'num_classes=6' in done.stdout, done.stderr
-    assert timm_dl2pa.head_files.CONFIG_NAME == 'config.json'

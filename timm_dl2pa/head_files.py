@@ -3,28 +3,36 @@ import hashlib
 import json
 import math
 import os
-import re
-import uuid
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .head import DL2PAConfig, DL2PAHead
+from .hub_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_finite,
+    check_label_names,
+    find_files,
+    is_kind,
+    read_config,
+    read_tensors,
+    replace_files,
+)
 
-__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'head_files', 'load_head', 'save_head']
+__all__ = ['KINDS', 'check_format', 'head_config', 'head_files', 'load_head', 'save_head', 'with_classes']
 
-CONFIG_NAME = 'config.json'
-WEIGHTS_NAME = 'model.safetensors'
 _LIBRARY = 'timm_dl2pa'
 _FORMAT = 1
-_KINDS = {'in_features': int, 'num_classes': int, 'dim': int, 'num_prototypes': int, 'neck': str,
-          'scale': (int, float), 'learn_scale': bool, 'train_output': str, 'seed': int, 'own_prototypes': bool}
+# Of the values of a DL2PAConfig, in a JSON file.
+KINDS = {'in_features': int, 'num_classes': int, 'dim': int, 'num_prototypes': int, 'neck': str,
+         'scale': (int, float), 'learn_scale': bool, 'train_output': str, 'seed': int, 'own_prototypes': bool}
 
 
 def head_files(head: DL2PAHead, label_names: list[str] | None = None) -> dict[str, bytes]:
@@ -42,7 +50,7 @@ def head_files(head: DL2PAHead, label_names: list[str] | None = None) -> dict[st
         if len(label_names) != head.num_classes or not all(isinstance(name, str) for name in label_names):
             raise ValueError(f'label_names must be {head.num_classes} strings, one a class, not {len(label_names)}.')
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
-    _check_finite(tensors, 'the head')
+    check_finite(tensors, 'the head')
     from . import __version__
     weights = save(tensors, metadata={'format': 'pt'})
     config = {
@@ -59,8 +67,8 @@ def head_files(head: DL2PAHead, label_names: list[str] | None = None) -> dict[st
 def save_head(head: DL2PAHead, folder: str | os.PathLike, *, label_names: list[str] | None = None) -> Path:
     """Write a head to a folder, from which `load_head` makes it again.
 
-    All files are complete before the first takes the place of an older one; the config, which names the weights'
-    sha256, comes last.
+    All files are complete before the first takes the place of an older one; if that fails, the older ones come back.
+    The config names the weights' sha256.
 
     Args:
         head: The head. Where it is on another device, copies of its tensors are written.
@@ -76,16 +84,10 @@ def save_head(head: DL2PAHead, folder: str | os.PathLike, *, label_names: list[s
     contents = head_files(head, label_names)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex
-    parts = {name: folder / f'{name}.{mark}.part' for name in contents}
-    try:
+    with TemporaryDirectory(prefix='.part-', dir=folder) as stage:
         for name, content in contents.items():
-            parts[name].write_bytes(content)
-        for name, part in parts.items():
-            os.replace(part, folder / name)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+            (Path(stage) / name).write_bytes(content)
+        replace_files({folder / name: Path(stage) / name for name in contents})
     return folder
 
 
@@ -123,10 +125,11 @@ def load_head(
             no head's.
         huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises.
     """
-    folder, origin = _find(source, revision, dict(
-        token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only))
-    config, label_names, digest = _read_config(folder / CONFIG_NAME, origin)
-    tensors = _read_tensors(folder / WEIGHTS_NAME, origin, _shapes(config), digest)
+    folder, origin = find_files(source, 'a DL2PA head', revision=revision, token=token, cache_dir=cache_dir,
+                                force_download=force_download, local_files_only=local_files_only)
+    config, label_names, digest = _read_head_config(folder, origin)
+    tensors = read_tensors(folder / WEIGHTS_NAME, origin, _shapes(config), ('assignment', 'neck.1.num_batches_tracked'),
+                           digest)
     with torch.random.fork_rng(devices=[]):
         head = DL2PAHead.from_config(config, torch.eye(config.dim)[:1].expand(config.num_prototypes, -1))
     try:
@@ -159,81 +162,44 @@ def with_classes(head: DL2PAHead, num_classes: int, origin: str, stacklevel: int
     return other
 
 
-def _find(source: str | os.PathLike, revision: str | None, options: dict[str, Any]) -> tuple[Path, str]:
-    """Return the folder that holds the files, downloaded if need be, and how to call it in errors."""
-    text = os.fspath(source)
-    repository = text.removeprefix('hf-hub:')
-    local = text.removeprefix('local-dir:')
-    if local != text or (repository == text and Path(text).is_dir()):
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (Path(local) / name).is_file():
-                _refuse_pickle([path.name for path in Path(local).glob('*')], name, local)
-                raise FileNotFoundError(f'{local} has no {name}: it is no folder of a DL2PA head.')
-        return Path(local), local
-    repository, _, said = repository.partition('@')
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', repository):
-        raise FileNotFoundError(f'{text}: no such folder, and not the name of a repository on the Hub (me/name).')
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    options = {**options, 'revision': revision or said or None, 'library_name': _LIBRARY}
-    try:
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            path = hf_hub_download(repository, name, **options)
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        _refuse_pickle(HfApi(token=options['token']).list_repo_files(repository, revision=options['revision']), name,
-                       repository)
-        raise ValueError(f'{repository} has no {name}: it is no repository of a DL2PA head.') from None
-    return Path(path).parent, repository
-
-
-def _refuse_pickle(names: list[str], missing: str, origin: str) -> None:
-    pickles = [name for name in names if name.endswith(('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pth.tar'))]
-    if missing == WEIGHTS_NAME and pickles:
-        raise ValueError(f'{origin} has its weights as a pickle alone ({pickles[0]}), which could run any code and is '
-                         f'not loaded. Ask its owner for {WEIGHTS_NAME}.')
-
-
-def _read_config(path: Path, origin: str) -> tuple[DL2PAConfig, list[str] | None, str]:
+def _read_head_config(folder: Path, origin: str) -> tuple[DL2PAConfig, list[str] | None, str]:
     """Return the head's config, the label names, and the sha256 of the weights."""
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f'{origin}: {CONFIG_NAME} is damaged: {error}') from None
-    ours = isinstance(config, dict) and config.get('library_name') == _LIBRARY
-    if not ours or not isinstance(config.get('head'), dict):
+    config = read_config(folder, origin)
+    if config.get('library_name') != _LIBRARY or not isinstance(config.get('head'), dict):
         raise ValueError(f'{origin}: {CONFIG_NAME} is not that of a DL2PA head. (A whole model: load it with '
                          f"timm.create_model('hf-hub:...') or load_model.)")
-    if not _is(config.get('format'), int) or config['format'] < 1:
-        raise ValueError(f'{origin}: {CONFIG_NAME} names no format.')
-    if config['format'] > _FORMAT:
-        raise ValueError(f'{origin} has the format {config["format"]}, newer than this version of timm_dl2pa reads '
-                         f'({_FORMAT}): install a newer one.')
-    given = config['head']
-    unknown = given.keys() ^ {field.name for field in fields(DL2PAConfig)}
-    if unknown:
-        raise ValueError(f'{origin}: the head in {CONFIG_NAME} lacks, or does not know, {", ".join(sorted(unknown))}.')
-    for name, kind in _KINDS.items():
-        if not _is(given[name], kind):
-            raise ValueError(f'{origin}: {name} in {CONFIG_NAME} must not be {given[name]!r}.')
-    if not math.isfinite(given['scale']):
-        raise ValueError(f'{origin}: scale in {CONFIG_NAME} must be finite, not {given["scale"]}.')
-    try:
-        head = DL2PAConfig(**given)
-    except ValueError as error:
-        raise ValueError(f'{origin}: {CONFIG_NAME}: {error}') from None
+    check_format(config.get('format'), _FORMAT, origin)
+    head = head_config(config['head'], origin)
     labels, digest = config.get('label_names'), config.get('weights_sha256')
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)
-                                   and len(labels) == head.num_classes):
-        raise ValueError(f'{origin}: label_names in {CONFIG_NAME} must be {head.num_classes} names, or null.')
+    check_label_names(labels, head.num_classes, f'{origin}: label_names in {CONFIG_NAME}')
     if not isinstance(digest, str):
         raise ValueError(f'{origin}: {CONFIG_NAME} names no weights_sha256.')
     return head, labels, digest
 
 
-def _is(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def check_format(number: Any, newest: int, origin: str) -> None:
+    """Raise a ValueError unless a config's format is one that this version reads."""
+    if not is_kind(number, int) or number < 1:
+        raise ValueError(f'{origin}: {CONFIG_NAME} names no format.')
+    if number > newest:
+        raise ValueError(f'{origin} has the format {number}, newer than this version of timm_dl2pa reads ({newest}): '
+                         f'install a newer one.')
+
+
+def head_config(given: dict[str, Any], origin: str) -> DL2PAConfig:
+    """Make a head's config of what a JSON file says, or raise a ValueError."""
+    unknown = given.keys() ^ {field.name for field in fields(DL2PAConfig)}
+    if unknown:
+        raise ValueError(f'{origin}: the head in {CONFIG_NAME} lacks, or does not know, {", ".join(sorted(unknown))}.')
+    for name, kind in KINDS.items():
+        if not is_kind(given[name], kind):
+            raise ValueError(f'{origin}: {name} in {CONFIG_NAME} must not be {given[name]!r}.')
+    try:
+        if not math.isfinite(given['scale']):
+            raise ValueError(f'scale in {CONFIG_NAME} must be finite, not {given["scale"]}.')
+        return DL2PAConfig(**given)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f'{origin}: {CONFIG_NAME}: {error}') from None
 
 
 def _shapes(config: DL2PAConfig) -> dict[str, tuple[int, ...]]:
@@ -248,47 +214,6 @@ def _shapes(config: DL2PAConfig) -> dict[str, tuple[int, ...]]:
         shapes.update({'neck.0.weight': (d, features), 'neck.1.num_batches_tracked': (),
                        **{f'neck.1.{name}': (d,) for name in ('weight', 'bias', 'running_mean', 'running_var')}})
     return shapes
-
-
-def _read_tensors(
-        path: Path,
-        origin: str,
-        shapes: dict[str, tuple[int, ...]],
-        digest: str,
-) -> dict[str, torch.Tensor]:
-    """Read the tensors, once the file's header has told that they are those."""
-    again = 'Download it again (force_download=True), or have it saved again.'
-    try:
-        with safe_open(path, framework='pt') as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name in sorted(shapes.keys() | found.keys()):
-                if shapes.get(name) != found.get(name):
-                    raise ValueError(f'{origin}: {WEIGHTS_NAME} does not fit {CONFIG_NAME}: {name} is '
-                                     f'{found.get(name, "missing")}, not {shapes.get(name, "there")}.')
-            if _sha256(path) != digest:
-                raise ValueError(f'{origin}: {WEIGHTS_NAME} is not what {CONFIG_NAME} was written for (its sha256 is '
-                                 f'another). {again}')
-            # Copies: the file's tensors are views at any offset, and kernels for unaligned weights round differently.
-            tensors = {name: file.get_tensor(name).clone() for name in found}
-    except SafetensorError as error:
-        raise ValueError(f'{origin}: {WEIGHTS_NAME} is damaged: {error}. {again}') from None
-    _check_finite(tensors, f'{origin}: {WEIGHTS_NAME}')
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() == (name in ('assignment', 'neck.1.num_batches_tracked')):
-            raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must not be {tensor.dtype}.')
-    return tensors
-
-
-def _sha256(path: Path) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(file.read()).hexdigest()
-
-
-def _check_finite(tensors: dict[str, torch.Tensor], origin: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f'{origin}: {name} is not finite.')
 
 
 def fits(head: DL2PAHead, model: nn.Module, in_features: int) -> None:
