@@ -33,7 +33,8 @@ class Hub:
     """Start one with `with Hub() as hub`; `hub.url` is its HF_ENDPOINT.
 
     `hub.faults` holds (method, pattern of the path, status): the next request that fits gets that status; with the
-    status 'truncated' half of the body, with 'corrupted' a body with other bytes.
+    status 'truncated' half of the body, with 'corrupted' a body with other bytes; with 'cut' the connection
+    ends without an answer.
     """
 
     def __init__(self):
@@ -99,6 +100,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.faults.remove(fault)
                 if isinstance(status, int):
                     return self.error(status, f'as told: {status}')
+                if status == 'cut':
+                    # A blob of which half came has another sha256: no hub keeps it.
+                    self.close_connection = True
+                    self.connection.close()
+                    return None
                 self.fault = status
                 break
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ')

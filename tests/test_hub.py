@@ -1,14 +1,23 @@
+"""Whole models in folders: round trips, saves that fail, older and hostile folders."""
+import hashlib
 import json
+import os
+import warnings
+from dataclasses import asdict
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from timm_dl2pa import load_model, save_model, wrap_dl2pa
+from timm_dl2pa import load_model, save_model, save_prototypes, wrap_dl2pa
 from timm_dl2pa import prototypes as prototypes_room
+from timm_dl2pa.cli import main
+from timm_dl2pa.head import heads_of
+from timm_dl2pa.training import plugged_in
 
 pytestmark = pytest.mark.timm
+RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
 
 
 @pytest.fixture
@@ -48,42 +57,173 @@ def test_bfloat16_and_own_prototypes_and_several_heads(tmp_path):
     assert torch.equal(again.head_dist.prototypes, points)
 
 
-def test_missing_model_args_are_found_before_writing(tmp_path):
+def test_arguments_that_timm_does_not_record(tmp_path):
     model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=5, in_chans=1), 3)
-    with pytest.raises(ValueError, match='model_args'):
-        save_model(model, tmp_path)
-    assert not list(tmp_path.iterdir())
-    again = load_model(save_model(model, tmp_path, model_args=dict(in_chans=1)))
+    if not RECORDS:
+        with pytest.raises(ValueError, match='Give model_args'):
+            save_model(model, tmp_path / 'model')
+        assert not list(tmp_path.iterdir())
+    again = load_model(save_model(model, tmp_path / 'model', model_args=dict(in_chans=1)))
     assert again(torch.randn(1, 1, 32, 32)).shape == (1, 5)
 
 
+def test_wrapped_with_another_number_of_classes_than_timm_made_it_for(tmp_path):
+    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=9), 3, num_classes=4)
+    assert load_model(save_model(model, tmp_path)).num_classes == 4
+
+
+@pytest.mark.parametrize('name, arguments', [
+    ('levit_128s', dict(img_size=32)), ('crossvit_tiny_240', {}), ('volo_d1_224', dict(img_size=64)),
+    ('efficientvit_m0', {}), ('poolformerv2_s12', {}), ('test_mambaout', {}), ('test_vit3', dict(img_size=32)),
+])
+def test_many_architectures(tmp_path, name, arguments):
+    model = wrap_dl2pa(timm.create_model(name, num_classes=5, **arguments), 3).eval()
+    again = load_model(save_model(model, tmp_path, model_args=arguments))
+    x = torch.randn(1, 3, *model.pretrained_cfg['input_size'][1:])
+    x = x[..., :arguments.get('img_size'), :arguments.get('img_size')]
+    assert torch.equal(again(x), model(x))
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
-    save_model(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save_model(model, tmp_path / 'model')
+    before = files_of(tmp_path / 'model')
+    model.fc.assign(torch.arange(5))
 
     def disk_full(tensors, path, metadata=None):
         path.write_bytes(b'half')
         raise OSError('no space left')
 
-    monkeypatch.setattr('timm_dl2pa.hub.save_file', disk_full)
-    model.fc.assign(torch.arange(5))
-    with pytest.raises(OSError, match='no space'):
-        save_model(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr('timm_dl2pa.model_files.save_file', disk_full)
+        for folder in ('model', 'new'):
+            with pytest.raises(OSError, match='no space'):
+                save_model(model, tmp_path / folder)
+    assert files_of(tmp_path / 'model') == before and not (tmp_path / 'new').exists()
+
+    replace = os.replace
+    for link in (os.link, None):  # without hard links, copies serve
+        calls = []
+
+        def second_fails(source, target, calls=calls):
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError('in use')
+            replace(source, target)
+
+        def no_links(*_):
+            raise OSError('no hard links')
+
+        with monkeypatch.context() as patch:
+            patch.setattr('os.replace', second_fails)
+            patch.setattr('os.link', link or no_links)
+            with pytest.raises(OSError, match='in use'):
+                save_model(model, tmp_path / 'model')
+            assert len(calls) == 3 and files_of(tmp_path / 'model') == before
+            calls.clear()
+            with pytest.raises(OSError, match='in use'):
+                save_model(model, tmp_path / 'new')
+            assert not (tmp_path / 'new').exists()
+    save_model(model, tmp_path / 'model')
+    assert files_of(tmp_path / 'model').keys() == before.keys() and files_of(tmp_path / 'model') != before
 
 
 def test_bad_saves(model, tmp_path):
     with pytest.raises(ValueError, match='has no DL2PAHead'):
         save_model(timm.create_model('test_resnet'), tmp_path)
-    with pytest.raises(ValueError, match='3 names for 5 classes'):
+    with pytest.raises(ValueError, match='5 names, one a class, not 3'):
         save_model(model, tmp_path, label_names=list('abc'))
-    with pytest.raises(ValueError, match='names no architecture'):
+    with pytest.raises(ValueError, match='was not made by timm'):
         save_model(torch.nn.Sequential(model), tmp_path)
     with pytest.raises(ValueError, match='JSON values'):
         save_model(model, tmp_path, model_args=dict(norm_layer=torch.nn.BatchNorm2d))
     with pytest.raises(ValueError, match='timm cannot make'):
         save_model(model, tmp_path, model_args=dict(no_such_argument=1))
+    with torch.no_grad():
+        model.conv1[0].weight[0] = float('nan')
+    with pytest.raises(ValueError, match=r'conv1\.0\.weight is not finite'):
+        save_model(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_timms_own_loader_takes_the_folder(model, tmp_path):
+    folder = save_model(model, tmp_path, label_names=list('abcde'), **(
+        dict(data_config=dict(mean=(0.1, 0.2, 0.3))) if RECORDS else {}))
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(again(x), model(x)) and again.label_names == list('abcde')
+    for found in (again, load_model(f'local-dir:{folder}')):
+        assert found.pretrained_cfg['label_names'] == list('abcde')
+        assert not RECORDS or found.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+
+
+def test_what_concerns_training_and_paths_of_the_saver_stay_behind(tmp_path):
+    points = tmp_path / 'points.safetensors'
+    save_prototypes(points, prototypes_room.make_prototypes(6, 3, seed=4))
+    with plugged_in():
+        model = timm.create_model('test_resnet', num_classes=5, dl2pa_dim=3, dl2pa_interval=7,
+                                  dl2pa_prototypes=str(points)).eval()
+    folder = save_model(model, tmp_path / 'model')
+    text = (folder / 'config.json').read_text()
+    assert 'interval' not in text and str(tmp_path) not in text
+    again = load_model(folder)
+    assert torch.equal(again.fc.prototypes, model.fc.prototypes) and again.fc.config == model.fc.config
+
+
+def test_another_number_of_classes(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = wrap_dl2pa(timm.create_model('deit_tiny_distilled_patch16_224', num_classes=4, img_size=32, depth=1), 3,
+                       num_prototypes=6, neck='linear_bn')
+    folder = save_model(model, tmp_path, model_args=dict(img_size=32, depth=1), label_names=list('abcd'))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        again = load_model(folder, num_classes=9)
+    assert [str(w.message) for w in said] == [
+        f'{folder} is a head of 4 classes, not 9: its neck is kept, prototypes and assignment start anew.']
+    x = torch.randn(2, 3, 32, 32)
+    assert again(x).shape == (2, 9) and again.num_classes == 9 and again.label_names is None
+    assert torch.equal(again.forward_features(x), model.eval().forward_features(x)) and not again.head.training
+    for name in ('head', 'head_dist'):
+        new, old = again.get_submodule(name), model.get_submodule(name)
+        assert torch.equal(new.neck[0].weight, old.neck[0].weight)
+        assert torch.equal(new.prototypes, prototypes_room.make_prototypes(9, 3)) and new.auxiliary == old.auxiliary
+    assert load_model(save_model(again, tmp_path, model_args=dict(img_size=32, depth=1))).num_classes == 9
+
+
+# --- folders of the first format
+
+
+def as_format_1(model, folder, backbone, arguments, label_names=None):
+    """Write what save_model wrote before it took timm's format."""
+    folder.mkdir()
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / 'model.safetensors')
+    (folder / 'config.json').write_text(json.dumps({
+        'format': 1, 'architecture': backbone, 'model_args': arguments, 'head': asdict(heads_of(model)[0].config),
+        'label_names': label_names, 'versions': {'timm_dl2pa': '0.1.0', 'timm': '1.0.31', 'torch': '2.0'}}))
+    return folder
+
+
+def test_folders_of_the_first_format(model, tmp_path):
+    folder = as_format_1(model, tmp_path / 'old', 'test_resnet.r160_in1k', {}, list('abcde'))
+    again, x = load_model(folder), torch.randn(3, 3, 32, 32)
+    assert torch.equal(again(x), model(x)) and again.label_names == list('abcde') and again.fc.config == model.fc.config
+    assert main(['fold', str(folder), str(tmp_path / 'plain.pth')]) == 0
+    distilled = wrap_dl2pa(timm.create_model('deit_tiny_distilled_patch16_224', num_classes=4, img_size=32, depth=1), 3,
+                           train_output='logits').eval()
+    arguments = dict(img_size=32, depth=1)
+    folder = as_format_1(distilled, tmp_path / 'two', 'deit_tiny_distilled_patch16_224', arguments)
+    assert torch.equal(load_model(folder)(x), distilled(x))
+    # And it is saved in the format of today.
+    timm.create_model(f'local-dir:{save_model(load_model(folder), folder, model_args=arguments)}', pretrained=True)
+    edit(as_format_1(model, tmp_path / 'newer', 'test_resnet', {}), lambda c: c.update(format=3))
+    with pytest.raises(ValueError, match='has the format 3, newer than'):
+        load_model(tmp_path / 'newer')
+
+
+# --- damaged and hostile folders
 
 
 def edit(folder, change):
@@ -93,28 +233,142 @@ def edit(folder, change):
     path.write_text(json.dumps(config))
 
 
-def edit_tensors(folder, change):
+def edit_tensors(folder, change, keep_digest=False):
+    """Change tensors, as one would who means harm: the sha256 fits."""
     tensors = load_file(folder / 'model.safetensors')
     change(tensors)
     save_file(tensors, folder / 'model.safetensors')
+    digest = hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()
+    if not keep_digest:
+        edit(folder, lambda config: config['timm_dl2pa'].update(weights_sha256=digest))
 
 
-@pytest.mark.parametrize('damage, error, message', [
-    (lambda f: (f / 'config.json').unlink(), FileNotFoundError, r'has no config\.json'),
-    (lambda f: (f / 'model.safetensors').unlink(), FileNotFoundError, r'has no model\.safetensors'),
-    (lambda f: (f / 'config.json').write_text('{'), ValueError, 'damaged'),
-    (lambda f: (f / 'model.safetensors').write_bytes(b'x' * 100), ValueError, 'damaged'),
-    (lambda f: edit(f, lambda c: c.update(format=99)), ValueError, 'install a newer one'),
-    (lambda f: edit(f, lambda c: c.pop('format')), ValueError, 'names no format'),
-    (lambda f: edit(f, lambda c: c.pop('architecture')), ValueError, "no valid 'architecture'"),
-    (lambda f: edit(f, lambda c: c['head'].update(extra=1)), ValueError, 'extra'),
-    (lambda f: edit(f, lambda c: c['head'].update(num_prototypes=8)), ValueError, r'no prototypes .* \(8, 3\)'),
-    (lambda f: edit(f, lambda c: c.update(architecture='test_vit')), ValueError, 'is not what its architecture'),
-    (lambda f: edit_tensors(f, lambda t: t.pop('fc.assignment')), ValueError, 'fc.assignment is missing'),
-    (lambda f: edit_tensors(f, lambda t: t['fc.prototypes'].mul_(2)), ValueError, 'unit rows'),
-    (lambda f: edit_tensors(f, lambda t: t['fc.assignment'].zero_()), ValueError, 'no injection'),
-])
-def test_damaged_folders(model, tmp_path, damage, error, message):
+def ours(**values):
+    return lambda folder: edit(folder, lambda config: config['timm_dl2pa'].update(values))
+
+
+def top(**values):
+    return lambda folder: edit(folder, lambda config: config.update(values))
+
+
+def args(**values):
+    return lambda folder: edit(folder, lambda config: config['model_args'].update(values))
+
+
+def data(**values):
+    return lambda folder: edit(folder, lambda config: config['pretrained_cfg'].update(values))
+
+
+def head(**values):
+    return lambda folder: edit(folder, lambda config: config['timm_dl2pa']['head'].update(values))
+
+
+def tensors(change, **how):
+    return lambda folder: edit_tensors(folder, change, **how)
+
+
+HOSTILE = {
+    'no json': (lambda f: (f / 'config.json').write_text('{'), 'config.json is damaged'),
+    'deep json': (lambda f: (f / 'config.json').write_text('[' * 100000), 'config.json is damaged'),
+    'no object': (lambda f: (f / 'config.json').write_text('[]'), 'config.json is damaged: it is no JSON object'),
+    'garbage': (lambda f: (f / 'model.safetensors').write_bytes(b'x' * 100), 'damaged'),
+    'truncated': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-9]),
+                  'model.safetensors is damaged'),
+    'newer': (ours(format=99), 'has the format 99, newer than this version .* install a newer one'),
+    'no format': (ours(format=None), 'names no format'),
+    'versions': (ours(versions=[1]), 'versions must not be'),
+    'digest': (ours(weights_sha256=5), 'weights_sha256 must not be 5'),
+    'no head': (ours(head=None), 'timm_dl2pa has no head'),
+    'head options': (head(extra=1), 'does not know, extra'),
+    'head kinds': (head(dim='3'), "dim in config.json must not be '3'"),
+    'other head': (head(neck='linear'), "neck is 'linear' by its head, and 'linear_bn' by its other"),
+    'other features': (head(in_features=95), 'in_features is 95 by its head, and 96'),
+    'architecture': (top(architecture='test_vit'), "its architecture is 'test_vit', not 'dl2pa'"),
+    'a path': (top(architecture='local-dir:/etc'), 'its architecture is'),
+    'classes': (top(num_classes=10 ** 15), 'config.json'),
+    'no classes': (top(num_classes='5'), 'does not say, once and for all, how many classes'),
+    'two classes': (args(num_classes=6), 'does not say, once and for all, how many classes'),
+    'label names': (top(label_names=['a']), 'label_names must be 5 names, one a class, not 1'),
+    'label kinds': (top(label_names=[1] * 5), 'label_names must be 5 names'),
+    'no arguments': (top(model_args=[1]), 'model_args must not be'),
+    'no backbone': (args(dl2pa_backbone=None), "must be a name of timm's registry"),
+    'unknown backbone': (args(dl2pa_backbone='evil'), "must be a name of timm's registry"),
+    'itself': (args(dl2pa_backbone='dl2pa'), "must be a name of timm's registry"),
+    'folder as backbone': (args(dl2pa_backbone='local-dir:/etc'), "must be a name of timm's registry"),
+    'repository as backbone': (args(dl2pa_backbone='hf-hub:evil/model'), "must be a name of timm's registry"),
+    'another backbone': (args(dl2pa_backbone='test_vit'), 'in_features is 96 by its head, and 64'),
+    'of the same features': (args(dl2pa_backbone='test_vit4'), 'does not fit config.json: '),
+    'checkpoint': (args(checkpoint_path='../../secret.pth'), "checkpoint_path='../../secret.pth' cannot be among"),
+    'weights': (args(pretrained=True), 'pretrained=True cannot be among'),
+    'overlay': (args(pretrained_cfg_overlay={'file': '/etc/passwd'}), 'pretrained_cfg_overlay=.* cannot be among'),
+    'cache': (args(cache_dir='/tmp'), "cache_dir='/tmp' cannot be among"),
+    'features': (args(features_only=True), 'features_only=True cannot be among'),
+    'unknown argument': (args(evil=1), "timm cannot make 'test_resnet.r160_in1k' .*evil"),
+    'huge sizes': (args(in_chans=10 ** 9), r'conv1.0.weight is .*, not \(.*1000000000'),
+    'more than there is': (args(in_chans=10 ** 30), 'timm cannot make'),
+    'wrong kinds': (args(in_chans=[3]), 'timm cannot make'),
+    'head size': (lambda f: [change(f) for change in (args(dl2pa_dim=10 ** 9), head(dim=10 ** 9))],
+                  r'fc.neck.0.weight is \(3, 96\), not \(1000000000, 96\)'),
+    'head kind': (args(dl2pa_dim='3'), "dl2pa_dim must not be '3'"),
+    'bool': (args(dl2pa_dim=True), 'dl2pa_dim must not be True'),
+    'nan': (args(dl2pa_scale=float('nan')), 'scale'),
+    'head option': (args(dl2pa_evil=1), 'dl2pa_evil must not be 1'),
+    'image size': (data(input_size=[3, 'x', 5]), 'input_size must not be'),
+    'mean': (data(mean=[float('nan')] * 3), 'mean must not be'),
+    'interpolation': (data(interpolation=5), 'interpolation must not be 5'),
+    'missing': (tensors(lambda t: t.pop('fc.assignment')), 'fc.assignment is missing'),
+    'more': (tensors(lambda t: t.update(evil=torch.ones(1))), 'evil is .1,., not there'),
+    'shape': (tensors(lambda t: t.update({'fc.prototypes': torch.ones(8, 3)})), r'fc.prototypes is \(8, 3\), not'),
+    'long prototypes': (tensors(lambda t: t['fc.prototypes'].mul_(2)), 'fc.prototypes must have unit rows'),
+    'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is no injection'),
+    'outside': (tensors(lambda t: t['fc.assignment'].fill_(9)), r'fc.assignment .*outside 0\.\.6'),
+    'no whole numbers': (tensors(lambda t: t.update({'fc.assignment': torch.arange(5.0)})), 'must not be torch.float'),
+    'nan weights': (tensors(lambda t: t['conv1.0.weight'].fill_(float('nan'))), 'conv1.0.weight is not finite'),
+    'other weights': (tensors(lambda t: t['conv1.0.weight'].zero_(), keep_digest=True), 'its sha256 is another'),
+}
+
+
+@pytest.mark.parametrize('case', HOSTILE)
+def test_hostile_folders(model, tmp_path, case, monkeypatch):
+    damage, message = HOSTILE[case]
     damage(save_model(model, tmp_path))
-    with pytest.raises(error, match=message):
+    for name in ('torch.load', 'timm.models._helpers._torch_load', 'timm.models._builder.load_state_dict_from_url'):
+        monkeypatch.setattr(name, None)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+    # timm's own loader ends in an error too, ours or its own.
+    with pytest.raises(Exception) as caught:
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert not isinstance(caught.value, MemoryError)
+
+
+def test_a_config_brings_no_weights_without_being_asked(model, tmp_path):
+    args(checkpoint_path='../secret.pth')(save_model(model, tmp_path))
+    with pytest.raises(ValueError, match=r'checkpoint_path=.* cannot be among'):
+        timm.create_model(f'local-dir:{tmp_path}')
+
+
+def test_missing_files_and_pickles(model, tmp_path):
+    save_model(model, tmp_path / 'model')
+    (tmp_path / 'model' / 'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match=r'has no model\.safetensors: it is no folder of a DL2PA model'):
+        load_model(tmp_path / 'model')
+    torch.save(model.state_dict(), tmp_path / 'model' / 'pytorch_model.bin')
+    for load in (load_model, lambda folder: timm.create_model(f'local-dir:{folder}', pretrained=True)):
+        with pytest.raises(ValueError, match=r'as a pickle alone \(pytorch_model\.bin\), which could run any code'):
+            load(tmp_path / 'model')
+    with pytest.raises(FileNotFoundError, match=r'has no config\.json'):
+        load_model(f'local-dir:{tmp_path}')
+    with pytest.raises(FileNotFoundError, match='no such folder, and not the name of a repository'):
+        load_model('../no/such/folder')
+    model.fc.save_pretrained(tmp_path / 'head')
+    with pytest.raises(ValueError, match='a head alone: load it with load_head'):
+        load_model(tmp_path / 'head')
+
+
+def test_the_version_that_wrote_it_is_named(model, tmp_path):
+    save_model(model, tmp_path)
+    ours(versions={'timm': '9.9.9'})(tmp_path)
+    args(new_argument=1)(tmp_path)
+    with pytest.raises(ValueError, match=f'was written with timm 9.9.9; this is {timm.__version__}'):
         load_model(tmp_path)

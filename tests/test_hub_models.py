@@ -11,7 +11,7 @@ from huggingface_hub import errors
 from stand_in import train
 from test_hub_heads import LABELS, hub  # noqa: F401  the fixture
 
-from timm_dl2pa import fold_dl2pa, load_head, push_head_to_hub, push_model_to_hub, wrap_dl2pa
+from timm_dl2pa import fold_dl2pa, load_head, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
 from timm_dl2pa.training import plugged_in
 
@@ -56,7 +56,10 @@ def test_round_trip(hub, name, monkeypatch):  # noqa: F811
     assert "timm.create_model('hf-hub:me/model', pretrained=True)" in files['README.md'].decode()
     monkeypatch.setattr('timm_dl2pa.head.make_prototypes', None)  # none are computed
     found = timm.create_model('hf-hub:me/model', pretrained=True).eval()
-    assert torch.equal(logits(found, arguments), expected)
+    assert torch.equal(logits(found, arguments), expected) and found.label_names == LABELS
+    for source in ('me/model', 'hf-hub:me/model@main'):
+        again = load_model(source)
+        assert torch.equal(logits(again, arguments), expected) and again.label_names == LABELS and not again.training
     # And once more, from what was loaded.
     push_model_to_hub(found, 'me/again', model_args=arguments, token='hf_writer')
     assert torch.equal(logits(timm.create_model('hf-hub:me/again', pretrained=True).eval(), arguments), expected)
@@ -69,16 +72,20 @@ def test_timms_own_push(hub):  # noqa: F811
         timm.models.push_to_hf_hub(model, 'me/model', token='hf_writer', safe_serialization=True)
         found = timm.create_model('hf-hub:me/model', pretrained=True).eval()
         assert torch.equal(logits(found, MODELS[name]), logits(model, MODELS[name]))
+        assert torch.equal(logits(load_model('me/model'), MODELS[name]), logits(model, MODELS[name]))
 
 
 def test_another_number_of_classes(hub, caplog):  # noqa: F811
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
-    found = timm.create_model('hf-hub:me/model', pretrained=True, num_classes=7, dl2pa_num_prototypes=7).eval()
-    assert 'its head starts anew, on the neck that was loaded' in caplog.text
-    assert torch.equal(found.fc.neck[0].weight, model.fc.neck[0].weight) and logits(found, {}).shape == (2, 7)
+    found = timm.create_model('hf-hub:me/model', pretrained=True, num_classes=20).eval()
+    assert caplog.text.count('its head starts anew, on the neck that was loaded') == 1
+    assert torch.equal(found.fc.neck[0].weight, model.fc.neck[0].weight) and logits(found, {}).shape == (2, 20)
+    x = torch.ones(1, 3, 32, 32)
+    assert torch.equal(found.forward_features(x), model.forward_features(x))
+    assert len(found.fc.prototypes) == 20
     gram = found.fc.prototypes @ found.fc.prototypes.t()
-    assert gram.fill_diagonal_(0).max() < 0.9  # spread, not those that stood in for the file's
+    assert gram.fill_diagonal_(0).max() < 0.95  # spread, not those that stood in for the file's
 
 
 def test_folded_needs_timm_alone(hub, tmp_path):  # noqa: F811
@@ -134,6 +141,164 @@ def test_a_failed_upload(hub):  # noqa: F811
     assert hub.files('me/model') == {}
     with pytest.raises(errors.HfHubHTTPError):
         push_model_to_hub(model, 'me/model', token='hf_writer')
+
+
+@pytest.mark.parametrize('method, path, status', [
+    ('POST', '/api/repos/create', 500), ('POST', '/preupload/', 500), ('POST', '/objects/batch', 429),
+    ('PUT', '/lfs/', 403), ('PUT', '/lfs/', 503), ('PUT', '/lfs/', 'cut'), ('POST', '/lfs/verify', 404),
+    ('POST', '/commit/', 409), ('POST', '/commit/', 412)])
+def test_a_failed_upload_leaves_what_was_there(hub, method, path, status):  # noqa: F811
+    push_model_to_hub(make('test_resnet', {}), 'me/model', token='hf_writer')
+    before = dict(hub.files('me/model'))
+    other = wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3)
+    hub.faults[:] = [(method, path, status)] * 20
+    with pytest.raises(Exception) as caught:
+        push_model_to_hub(other, 'me/model', token='hf_writer')
+    assert len(hub.faults) < 20, 'the client did not ask for that'
+    assert 'hf_writer' not in str(caught.value) and 'was made' not in str(caught.value)
+    assert hub.files('me/model') == before
+    hub.faults.clear()
+    push_model_to_hub(other, 'me/model', token='hf_writer')
+    assert load_model('me/model').fc.dim == 3
+
+
+def timms_loader(source):
+    return timm.create_model(f'hf-hub:{source}', pretrained=True)
+
+
+@pytest.mark.parametrize('load', [load_model, timms_loader])
+def test_a_pickle_alone_is_refused(hub, load, monkeypatch):  # noqa: F811
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    files = {**hub.files('me/model'), 'pytorch_model.bin': b'evil'}
+    hub.put('me/pickle', {name: content for name, content in files.items() if name != 'model.safetensors'})
+    monkeypatch.setattr('torch.load', None)
+    hub.requests.clear()
+    with pytest.raises(ValueError, match=r'me/pickle has its weights as a pickle alone \(pytorch_model\.bin\)'):
+        load('me/pickle')
+    assert not any(path.endswith('.bin') for _, path in hub.requests)
+    hub.put('me/both', files)
+    assert torch.equal(logits(load('me/both').eval(), {}), logits(model, {}))
+    assert not any(path.endswith('.bin') for _, path in hub.requests)
+
+
+def test_corrupted_and_truncated_downloads(hub, tmp_path):  # noqa: F811
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    hub.faults[:] = [('GET', 'model.safetensors', 'corrupted')]
+    with pytest.raises(ValueError, match=r'its sha256 is another\)\. Download it again \(force_download=True\)'):
+        load_model('me/model')
+    with pytest.raises(ValueError, match='its sha256 is another'):  # which is what is kept now
+        timm.create_model('hf-hub:me/model', pretrained=True)
+    assert torch.equal(logits(load_model('me/model', force_download=True), {}), logits(model, {}))
+    hub.faults[:] = [('GET', 'model.safetensors', 'truncated')] * 20
+    with pytest.raises(Exception) as caught:
+        load_model('me/model', cache_dir=tmp_path / 'other')
+    assert len(hub.faults) < 20 and not isinstance(caught.value, AssertionError)
+    hub.faults.clear()
+    assert torch.equal(logits(load_model('me/model', cache_dir=tmp_path / 'other'), {}), logits(model, {}))
+
+
+def test_revisions_private_repositories_and_pull_requests(hub, tmp_path):  # noqa: F811
+    first, second = make('test_resnet', {}), wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3).eval()
+    push_model_to_hub(first, 'me/model', token='hf_writer', private=True)
+    commit = hub.repositories['me/model'].branches['main']
+    address = push_model_to_hub(second, 'me/model', token='hf_writer', create_pr=True)
+    assert address == f'{hub.url}/me/model/discussions/1'
+    hub.repositories['me/model'].branches['v2'] = hub.repositories['me/model'].branches['refs/pr/1']
+    with pytest.raises(errors.RepositoryNotFoundError) as caught:
+        load_model('me/model')
+    assert '401' in str(caught.value)
+    reading = dict(token='hf_reader', cache_dir=tmp_path / 'kept')
+    for revision, model in ((None, first), (commit, first), ('v2', second), ('refs/pr/1', second)):
+        found = load_model('me/model', revision=revision, **reading)
+        assert torch.equal(logits(found, {}), logits(model, {}))
+    assert (tmp_path / 'kept').exists()
+    with pytest.raises(errors.RevisionNotFoundError):
+        load_model('me/model', revision='none', **reading)
+    with pytest.raises(errors.RepositoryNotFoundError):
+        load_model('me/nothing', **reading)
+    push_model_to_hub(first, 'me/model', token='hf_writer', revision='v2')
+    assert torch.equal(logits(load_model('me/model@v2', token='hf_reader', force_download=True), {}), logits(first, {}))
+    for token, status in ((None, 401), ('hf_reader', 403), ('hf_wrong', 401)):
+        with pytest.raises(errors.HfHubHTTPError) as caught:
+            push_model_to_hub(first, 'me/other', token=token)
+        assert caught.value.response.status_code == status and 'hf_' not in str(caught.value)
+    assert 'me/other' not in hub.repositories
+
+
+@pytest.mark.parametrize('status', [429, 500, 503])
+def test_a_busy_hub(hub, status):  # noqa: F811
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    hub.faults[:] = [('HEAD', 'config.json', status)] * 20
+    with pytest.raises(errors.LocalEntryNotFoundError, match=f'the Hub could not be asked .*{status}'):
+        load_model('me/model')
+
+
+def test_no_token_is_logged(hub, tmp_path):  # noqa: F811
+    script = """
+import logging, timm, timm_dl2pa
+logging.basicConfig(level=logging.DEBUG)
+model = timm_dl2pa.wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3)
+timm_dl2pa.push_model_to_hub(model, 'me/model', token='hf_writer', private=True)
+timm_dl2pa.push_head_to_hub(model, 'me/head', token='hf_writer')
+timm_dl2pa.load_model('me/model', token='hf_reader')
+for push in (timm_dl2pa.push_model_to_hub, timm_dl2pa.push_head_to_hub):
+    try:
+        push(model, 'me/other', token='hf_reader')
+    except Exception:
+        logging.exception('refused')
+"""
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120, env={
+        **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'})
+    assert done.returncode == 0 and done.stderr.count('refused') == 2, done.stderr
+    assert 'hf_writer' not in done.stdout + done.stderr and 'hf_reader' not in done.stdout + done.stderr
+
+
+def test_offline(hub, tmp_path):  # noqa: F811
+    """HF_HUB_OFFLINE in the environment of a process of its own."""
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    push_head_to_hub(model, 'me/head', token='hf_writer')
+    loads = """
+import sys, timm, timm_dl2pa, torch
+x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+print(timm_dl2pa.load_head(sys.argv[1] + 'head').dim)
+for found in (timm_dl2pa.load_model(sys.argv[1] + 'model'),
+              timm.create_model('hf-hub:' + sys.argv[1] + 'model', pretrained=True).eval()):
+    print(found(x).tolist())
+"""
+    fails = """
+import timm, timm_dl2pa
+for load in (timm_dl2pa.load_head, timm_dl2pa.load_model):
+    try:
+        load('me/other')
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    environment = {**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'}
+
+    def python(script, **more):
+        done = subprocess.run([sys.executable, '-c', script, 'me/'], capture_output=True, text=True, timeout=120,
+                              env={**environment, **more})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    online = python(loads)
+    hub.requests.clear()
+    assert python(loads, HF_HUB_OFFLINE='1') == online and str(logits(model, {}).tolist()) in online
+    said = python(fails, HF_HUB_OFFLINE='1')
+    assert said.count('me/other has no config.json among the downloads that are kept, and HF_HUB_OFFLINE is set') == 2
+    assert not hub.requests
+
+
+def test_a_folder_is_what_the_hub_has(hub, tmp_path):  # noqa: F811
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer', label_names=LABELS)
+    save_model(model, tmp_path / 'model', label_names=LABELS)
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'model').iterdir()}
+    assert files == {name: content for name, content in hub.files('me/model').items() if name != 'README.md'}
 
 
 def test_the_head_of_a_model_alone(hub):  # noqa: F811

@@ -54,6 +54,7 @@ def test_create_model(model):
 @pytest.mark.parametrize('arguments, message', [
     (dict(dl2pa_backbone=None), 'name it'),
     (dict(dl2pa_loss='squared_cosine'), 'dl2pa_loss: no such option.*plugin'),
+    (dict(dl2pa_backbone='local-dir:/etc'), "must be a name of timm's registry"),
     (dict(dl2pa_dim=0), 'dim must be at least 1'),
     (dict(pretrained_cfg='a1_in1k'), "give the tag to the backbone, dl2pa_backbone='test_resnet.a1_in1k'"),
 ])
@@ -75,13 +76,6 @@ def test_local_dir(saved, caplog):
     assert other.fc.num_classes == 3 and torch.equal(other.fc.neck[0].weight, model.fc.neck[0].weight)
     assert torch.equal(other.conv1[0].weight, model.conv1[0].weight)
     assert other(torch.randn(2, 3, 32, 32)).shape == (2, 3)
-
-
-def test_hub(saved, monkeypatch):
-    """As timm does it, with what would be downloaded in a folder."""
-    model, folder = saved
-    monkeypatch.setattr('timm.models._hub.hf_hub_download', lambda repo_id, filename, **_: str(folder / filename))
-    same(model, timm.create_model('hf-hub:somebody/model', pretrained=True))
 
 
 def test_checkpoint_path_and_overlay(saved, tmp_path):

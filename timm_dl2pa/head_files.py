@@ -146,10 +146,11 @@ def load_head(
     return head.eval()
 
 
-def with_classes(head: DL2PAHead, num_classes: int, origin: str, stacklevel: int = 3) -> DL2PAHead:
-    """Return a head for another number of classes on the neck of this one, and warn."""
-    warnings.warn(f'{origin} is a head of {head.num_classes} classes, not {num_classes}: its neck is kept, prototypes '
-                  f'and assignment start anew.', stacklevel=stacklevel)
+def with_classes(head: DL2PAHead, num_classes: int, origin: str | None, stacklevel: int = 3) -> DL2PAHead:
+    """Return a head for another number of classes on the neck of this one, and warn if there is an origin to name."""
+    if origin:
+        warnings.warn(f'{origin} is a head of {head.num_classes} classes, not {num_classes}: its neck is kept, '
+                      f'prototypes and assignment start anew.', stacklevel=stacklevel)
     scale = None if not head.config.learn_scale else head.config.scale
     config = replace(head.config, num_classes=num_classes, num_prototypes=None, scale=scale, own_prototypes=False)
     like = next(head.neck.parameters(), head.prototypes)

@@ -1,25 +1,18 @@
-"""Whole models in a folder: safetensors for the weights, JSON for what rebuilds the model."""
-import json
+"""Whole models in a folder or a Hub repository, in timm's own format: saved, and loaded with care."""
 import os
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from .head import DL2PAConfig, DL2PAHead, heads_of
+from .head import DL2PAHead, heads_of
+from .head_files import with_classes
+from .hub_files import find_files, replace_files
+from .model_files import model_stage, read_model
 from .models import backbone_name, replace_classifiers
-from .prototypes.files import replace_file
 
-__all__ = ['load_model', 'save_model']
-
-CONFIG_NAME = 'config.json'
-WEIGHTS_NAME = 'model.safetensors'
-_FORMAT = 1
+__all__ = ['check_savable', 'load_model', 'save_model']
 
 
 def save_model(
@@ -27,146 +20,123 @@ def save_model(
         folder: str | os.PathLike,
         *,
         model_args: dict[str, Any] | None = None,
+        data_config: dict[str, Any] | None = None,
         label_names: list[str] | None = None,
 ) -> Path:
     """Write a wrapped model to a folder, from which `load_model` makes it again.
 
-    Writes `model.safetensors` and `config.json`. Before anything is written the model is rebuilt, and the names and
-    shapes of its tensors are compared; each file replaces an older one only when it is complete. What changes no tensor
-    (another `global_pool`, say) is not noticed: name it in `model_args`.
+    The files are `model.safetensors` and `config.json`, as timm writes them, so that with timm_dl2pa imported
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the model too. Before they take the place of older
+    ones the model is made again from them, and every tensor compared. What changes no tensor and timm does not record
+    is not noticed: name it in `model_args`.
 
     Args:
         model: A timm model with a DL2PA head.
         folder: Made if missing.
         model_args: The arguments that `timm.create_model` made the backbone with, other than its name and
-            `num_classes` (say, `dict(img_size=64, in_chans=1)`). They must be JSON values.
-        label_names: C names of the classes.
+            `num_classes` (say, `dict(img_size=64, in_chans=1)`), as JSON values. timm records them from 1.0.31 on;
+            earlier versions need them here.
+        data_config: How images are prepared ('input_size', 'mean', ...). Default: the model's.
+        label_names: C names of the classes. Default: those that the model was loaded with, if any.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The model has no DL2PA head, is no registered timm model, cannot be rebuilt from its name and
-            `model_args` (the difference is named), or the number of names is not C.
+        ValueError: The model has no DL2PA head, is no registered timm model, cannot be made again from its name and
+            `model_args` (the difference is named), a tensor is not finite, or the number of names is not C. What was
+            in the folder is as it was.
     """
-    heads = heads_of(model)
-    if not heads:
-        raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
-    head = heads[0]
-    if label_names is not None and len(label_names) != head.num_classes:
-        raise ValueError(f'label_names has {len(label_names)} names for {head.num_classes} classes.')
-    pretrained_cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if not pretrained_cfg.get('architecture'):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model: its pretrained_cfg names '
-                         f'no architecture.')
-    config = {
-        'format': _FORMAT,
-        'architecture': backbone_name(model),
-        'model_args': model_args or {},
-        'head': asdict(head.config),
-        'label_names': label_names,
-        'versions': {'timm_dl2pa': _own_version(), 'timm': timm.__version__, 'torch': str(torch.__version__)},
-    }
-    try:
-        text = json.dumps(config, indent=2) + '\n'
-    except TypeError as error:
-        raise ValueError(f'model_args and label_names must be JSON values: {error}') from None
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    _check_tensors(tensors, _build(config, head.prototypes), 'the model')
-
+    check_savable(model)
     folder = Path(folder)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={'format': 'pt'}))
-    replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding='utf-8'))
+    try:
+        with model_stage(model, model_args=model_args, data_config=data_config, parent=folder,
+                         label_names=label_names or getattr(model, 'label_names', None)) as stage:
+            replace_files({folder / part.name: part for part in sorted(stage.iterdir())})
+    except BaseException:
+        if made:
+            folder.rmdir()
+        raise
     return folder
 
 
-def load_model(folder: str | os.PathLike, device: torch.device | str = 'cpu') -> nn.Module:
-    """Make the model that `save_model` wrote, in evaluation mode. No prototypes are computed, nothing is unpickled.
+def check_savable(model: nn.Module) -> None:
+    """Raise a ValueError unless a model has a DL2PA head, and timm can make it."""
+    if not heads_of(model):
+        raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    if not backbone_name(model):
+        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
+                         f'make it again: save or push the head alone.')
+
+
+def load_model(
+        source: str | os.PathLike,
+        device: torch.device | str = 'cpu',
+        *,
+        num_classes: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+) -> nn.Module:
+    """Make the model that a folder or a repository of the Hugging Face Hub holds, in evaluation mode.
+
+    No prototypes are computed: they are in the file. Nothing is unpickled. Everything is checked before a model is
+    made.
 
     Args:
-        folder: Holds `model.safetensors` and `config.json`.
+        source: A folder that `save_model` wrote, or the name of a repository that `push_model_to_hub` made ('me/model',
+            also 'hf-hub:me/model@revision' and 'local-dir:folder' as timm writes them).
         device: Where the model goes.
+        num_classes: C. Default: that of the model. With another number backbone and neck are kept and the assignment
+            starts anew, on new prototypes; a warning says so.
+        revision: Branch, tag or commit of the repository.
+        token: See huggingface_hub, as `cache_dir`, `force_download` and `local_files_only`.
+        cache_dir: Where downloads are kept.
+        force_download: Download also what is kept.
+        local_files_only: Take what is kept, without a connection.
 
     Returns:
-        The wrapped timm model, with `label_names` (a list of C names, or None) as an attribute.
+        The wrapped timm model, in the files' dtypes, with `label_names` (a list of C names, or None) as an attribute.
 
     Raises:
-        FileNotFoundError: One of the two files is missing.
-        ValueError: A file is damaged, of a newer format, or the two do not fit each other.
+        FileNotFoundError: There is no such folder, or a file is missing in it.
+        ValueError: There are no weights in safetensors, a file is damaged or of a newer format, or they do not make a
+            DL2PA model.
+        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises.
     """
-    folder = Path(folder)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'{folder} has no {name}: it is not a folder that save_model wrote.')
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-        # Copies: the file's tensors are views at any offset, and the kernels for unaligned weights round differently.
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_NAME).items()}
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f'{folder} is damaged: {error}') from error
-    _check_config(config, folder)
-    head = config['head']
-    shape = (head['num_prototypes'], head['dim'])
-    prototypes = next((tensor for name, tensor in tensors.items()
-                       if name.rpartition('.')[2] == 'prototypes' and tuple(tensor.shape) == shape), None)
-    if prototypes is None:
-        raise ValueError(f'{folder / WEIGHTS_NAME} has no prototypes of the shape {shape} that its config names.')
-    model = _build(config, prototypes)
-    _check_tensors(tensors, model, str(folder / WEIGHTS_NAME))
-    # With the files' dtypes: a model saved in bfloat16 comes back in bfloat16.
+    folder, origin = find_files(source, 'a DL2PA model', revision=revision, token=token, cache_dir=cache_dir,
+                                force_download=force_download, local_files_only=local_files_only)
+    saved, tensors = read_model(folder, origin)
+    with torch.random.fork_rng(devices=[]):
+        model = saved.build()
+    configs = [head.config for head in heads_of(model)]
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(f'{folder / WEIGHTS_NAME} cannot be loaded: {error}') from None
-    model.label_names = config['label_names']
+        raise ValueError(f'{origin}: {error}') from None
+    for head, config in zip(heads_of(model), configs):
+        head.config = config  # to the digit, where the buffer is rounded
+    if num_classes not in (None, saved.num_classes):
+        _change_classes(model, num_classes, origin)
     return model.to(device).eval()
 
 
-def _own_version() -> str:
-    from . import __version__
-    return __version__
-
-
-def _build(config: dict[str, Any], prototypes: torch.Tensor) -> nn.Module:
-    """Make the model of a config with random weights. The host's random state stays as it was."""
-    head = DL2PAConfig(**config['head'])
+def _change_classes(model: nn.Module, num_classes: int, origin: str) -> None:
+    """Put heads for another number of classes on the necks of a model, and warn once."""
+    old = iter(heads_of(model))
+    main = next(old)
+    first = with_classes(main, num_classes, origin)
 
     def make_head(in_features: int, **place: Any) -> DL2PAHead:
-        return DL2PAHead.from_config(replace(head, in_features=in_features), prototypes, **place)
+        nonlocal first
+        head, first = first or with_classes(next(old), num_classes, None), None
+        return head
 
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model = timm.create_model(
-                config['architecture'], pretrained=False, num_classes=head.num_classes, **config['model_args'])
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f'timm cannot make {config["architecture"]!r} with the arguments '
-                             f'{config["model_args"]}: {error}') from error
-        return replace_classifiers(model, make_head)
-
-
-def _check_tensors(tensors: dict[str, torch.Tensor], model: nn.Module, origin: str) -> None:
-    """Raise a ValueError unless the tensors have the names and shapes of the rebuilt model's."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(f'{origin} is not what its architecture and model_args rebuild: {name} is '
-                             f'{found.get(name, "missing")}, not {expected.get(name, "there")}. Give save_model the '
-                             f'model_args that timm.create_model had.')
-
-
-def _check_config(config: Any, folder: Path) -> None:
-    where = folder / CONFIG_NAME
-    if not isinstance(config, dict) or not isinstance(config.get('format'), int):
-        raise ValueError(f'{where} was not written by save_model: it names no format.')
-    if config['format'] > _FORMAT:
-        raise ValueError(f'{where} has the format {config["format"]}, newer than this version of timm_dl2pa reads '
-                         f'({_FORMAT}): install a newer one.')
-    kinds = {'architecture': str, 'model_args': dict, 'head': dict, 'label_names': (list, type(None))}
-    for name, kind in kinds.items():
-        if not isinstance(config.get(name, ...), kind):
-            raise ValueError(f'{where} has no valid {name!r}.')
-    unknown = config['head'].keys() ^ {field.name for field in fields(DL2PAConfig)}
-    if unknown:
-        raise ValueError(f"{where}: 'head' lacks, or does not know, {', '.join(sorted(unknown))}.")
+    replace_classifiers(model, make_head)
+    model.label_names = None
+    for cfg in (model.pretrained_cfg, model.default_cfg):
+        cfg.update(num_classes=num_classes, label_names=None, label_descriptions=None)

@@ -41,7 +41,8 @@ def find_files(
     Raises:
         FileNotFoundError: There is no such folder, or a file is missing in it.
         ValueError: The repository lacks a file, or has its weights as a pickle alone.
-        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises.
+        huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and no download is kept.
+        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise.
     """
     text = os.fspath(source)
     repository = text.removeprefix('hf-hub:')
@@ -55,15 +56,20 @@ def find_files(
     repository, _, said = repository.partition('@')
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', repository):
         raise FileNotFoundError(f'{text}: no such folder, and not the name of a repository on the Hub (me/name).')
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     revision = revision or said or None
     try:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             path = hf_hub_download(repository, name, revision=revision, token=token, library_name='timm_dl2pa',
                                    **options)
-    except LocalEntryNotFoundError:
-        raise
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        why = 'local_files_only=True' if options.get('local_files_only') else \
+            'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else \
+            f'the Hub could not be asked ({type(cause).__name__}: {cause})' if cause else 'the Hub could not be asked'
+        raise LocalEntryNotFoundError(f'{repository} has no {name} among the downloads that are kept, and {why}: '
+                                      f'download it once with a connection.') from error
     except EntryNotFoundError:
         _refuse_pickle(HfApi(token=token).list_repo_files(repository, revision=revision), name, repository)
         raise ValueError(f'{repository} has no {name}: it is no repository of {what}.') from None
@@ -97,7 +103,8 @@ def check_label_names(label_names: Any, num_classes: int, where: str) -> None:
     """Raise a ValueError unless there are C names, or None."""
     if label_names is not None and not (isinstance(label_names, list) and len(label_names) == num_classes
                                         and all(isinstance(name, str) for name in label_names)):
-        raise ValueError(f'{where} must be {num_classes} names, or null.')
+        given = len(label_names) if isinstance(label_names, list) else label_names
+        raise ValueError(f'{where} must be {num_classes} names, one a class, not {given!r}.')
 
 
 def read_tensors(

@@ -1,18 +1,17 @@
 """Heads and models on the Hugging Face Hub: one commit with all files, or none."""
-import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
-import torch
 import torch.nn as nn
-from timm.models import save_for_hf
 
 from .card import head_card, model_card
 from .folding import fold_dl2pa
 from .head import heads_of
 from .head_files import head_files
+from .hub import check_savable
+from .model_files import model_stage
+from .models import backbone_name
 
 __all__ = ['push_head_to_hub', 'push_model_to_hub']
 
@@ -121,59 +120,19 @@ def push_model_to_hub(
         RuntimeError: The upload failed in a repository that was just made, which is left empty.
         huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise. The repository is as it was.
     """
-    heads = heads_of(model)
-    if not heads:
-        raise ValueError(f'{type(model).__name__} has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    check_savable(model)
     label_names = label_names or getattr(model, 'label_names', None)
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f'label_names must be {model.num_classes} names, one a class, not {len(label_names)}.')
-    if not getattr(model, '_model_args', {}).get('dl2pa_backbone'):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
-                         f'make it again: push the head alone.')
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f'{name} is not finite.')
     sent = fold_dl2pa(model) if folded else model
-    contents = _model_files(sent, model_args, data_config, label_names)
-    contents[_CARD_NAME] = model_card(heads[0], repo_id, folded=folded, backbone=model._model_args['dl2pa_backbone'],
-                                      label_names=label_names, base_model=base_model, metrics=metrics,
-                                      license=license).encode()
-    return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
-                  create_pr=create_pr)
-
-
-def _model_files(
-        model: nn.Module,
-        model_args: dict[str, Any] | None,
-        data_config: dict[str, Any] | None,
-        label_names: list[str] | None,
-) -> dict[str, bytes]:
-    """Return the contents of timm's files, by their names, once they have made the model again."""
-    arguments = {**model._model_args, **(model_args or {})}
-    options = {'data_config': data_config} if data_config else {}
-    if options and 'data_config' not in inspect.signature(save_for_hf).parameters:
-        raise ValueError(f'data_config needs timm 1.0.31 or newer, not {timm.__version__}.')
-    with TemporaryDirectory() as folder:
-        save_for_hf(model, folder, model_config={'label_names': label_names} if label_names else None,
-                    model_args=arguments, safe_serialization=True, **options)
-        with torch.random.fork_rng(devices=[]):
-            try:
-                again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
-            except Exception as error:
-                raise ValueError(f'timm cannot make the model again, with the arguments {arguments}: {error}. Give '
-                                 f'model_args, those of timm.create_model.') from error
-        state = model.state_dict()
-        different = [name for name in sorted(state.keys() | again.keys())
-                     if name not in state or name not in again or state[name].shape != again[name].shape
-                     or not torch.equal(state[name].cpu(), again[name].to(state[name].dtype))]
-        if different:
-            raise ValueError(f'timm makes another model, with the arguments {arguments}: {different[0]} differs. Give '
-                             f'model_args, those of timm.create_model.')
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    card = model_card(heads_of(model)[0], repo_id, folded=folded, backbone=backbone_name(model),
+                      label_names=label_names, base_model=base_model, metrics=metrics, license=license)
+    with model_stage(sent, model_args=model_args, data_config=data_config, label_names=label_names) as stage:
+        contents = {path.name: path for path in stage.iterdir()}
+        return upload({**contents, _CARD_NAME: card.encode()}, repo_id, commit_message=commit_message, private=private,
+                      token=token, revision=revision, create_pr=create_pr)
 
 
 def upload(
-        contents: dict[str, bytes],
+        contents: Mapping[str, bytes | Path],
         repo_id: str,
         *,
         commit_message: str,

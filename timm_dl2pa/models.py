@@ -220,12 +220,20 @@ def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> N
         cfg = {**cfg, 'architecture': name, 'tag': tag or None}
     else:
         cfg = {**cfg, 'architecture': REGISTRY_NAME, 'tag': None}
-        arguments.update(dl2pa_backbone=backbone, dl2pa_dim=config.dim, dl2pa_neck=config.neck,
-                         dl2pa_scale=config.scale, dl2pa_learn_scale=config.learn_scale, dl2pa_seed=config.seed)
-        if config.num_prototypes != config.num_classes:
-            arguments['dl2pa_num_prototypes'] = config.num_prototypes
+        arguments.update(registry_options(config), dl2pa_backbone=backbone)
     model.pretrained_cfg = model.default_cfg = cfg
     model._model_args = arguments
+
+
+def registry_options(config: DL2PAConfig) -> dict[str, Any]:
+    """Return the options that timm's registry makes a head by, but for its prototypes."""
+    options = {f'{REGISTRY_PREFIX}{name}': getattr(config, name)
+               for name in ('dim', 'neck', 'scale', 'learn_scale', 'seed')}
+    if config.num_prototypes != config.num_classes:
+        options[f'{REGISTRY_PREFIX}num_prototypes'] = config.num_prototypes
+    if config.train_output != 'logits':
+        options[f'{REGISTRY_PREFIX}train_output'] = config.train_output
+    return options
 
 
 def backbone_name(model: nn.Module) -> str | None:

@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, load_pretrained, register_model
 
-from .head import heads_of
+from .head import default_scale, heads_of
+from .hub_files import find_files
+from .model_files import SavedModel, check_backbone, check_backbone_arguments, read_model
 from .models import wrap_dl2pa
 from .prototypes import make_prototypes
 
@@ -36,8 +38,9 @@ def dl2pa(
 
     Args:
         pretrained: Load weights: those of a whole DL2PA model, if a config or overlay names a source (`hf-hub:` and
-            `local-dir:` names do), otherwise timm's for the backbone. With another number of classes than the source
-            has, the head starts anew; its neck is taken over if it fits.
+            `local-dir:` names do), otherwise timm's for the backbone. Folders and repositories are read as by
+            `load_model`: from safetensors, and checked. With another number of classes than the source has, the head
+            starts anew; its neck is taken over if it fits.
         dl2pa_backbone: Name of a timm model.
         pretrained_cfg: timm's, of the whole model.
         pretrained_cfg_overlay: timm's, of the whole model.
@@ -46,12 +49,15 @@ def dl2pa(
 
     Raises:
         ValueError: There is no backbone, no such option, or the weights are not those of a DL2PA model.
+        FileNotFoundError: A folder lacks a file.
     """
     if not dl2pa_backbone:
         raise ValueError("the model 'dl2pa' is a head on another model: name it, dl2pa_backbone='resnet50'.")
     if isinstance(pretrained_cfg, str):
         raise ValueError(f"'dl2pa.{pretrained_cfg}': give the tag to the backbone, "
                          f"dl2pa_backbone='{dl2pa_backbone}.{pretrained_cfg}'.")
+    check_backbone(dl2pa_backbone)
+    source_args = kwargs.pop('pretrained_model_args', None) or {}  # a config's, which timm has merged with the caller's
     options = {name.removeprefix(_PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
     unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
@@ -60,8 +66,17 @@ def dl2pa(
                          f'timm_dl2pa.plugin.)')
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
     given.update(pretrained_cfg_overlay or {})
+    check_backbone_arguments({name: value for name, value in kwargs.items() if name != 'features_only'})
+    if source_args.get('dl2pa_prototypes') is not None and options.get('prototypes') == source_args['dl2pa_prototypes']:
+        del options['prototypes']  # a file that was the saver's; the points are among the weights
     whole = pretrained and any(given.get(name) for name in _SOURCES)
-    kwargs.pop('pretrained_model_args', None)
+    repository = _repository(given) if whole and not kwargs.get('features_only') else None
+    if repository:
+        saved, tensors = read_model(*find_files(repository, 'a DL2PA model', cache_dir=cache_dir))
+        given = {**saved.data, **(pretrained_cfg_overlay or {}), **dict.fromkeys(_SOURCES), 'state_dict': tensors}
+        if kwargs.get('num_classes', saved.num_classes) != saved.num_classes:
+            given.update(label_names=None, label_descriptions=None)
+            options = _for_other_classes(options, saved)
     if (given.get('num_classes') or 0) > 0:  # train.py says -1 for another number than the file's
         kwargs.setdefault('num_classes', given['num_classes'])
     backbone = timm.create_model(dl2pa_backbone, pretrained=pretrained and not whole, cache_dir=cache_dir, **kwargs)
@@ -74,7 +89,7 @@ def dl2pa(
         # Those of the file take their place: none need to be computed.
         dim = options.get('dim', inspect.signature(wrap_dl2pa).parameters['dim'].default)
         count = options.get('num_prototypes') or kwargs.get('num_classes') or backbone.num_classes
-        points = torch.eye(dim)[:1].expand(count, -1)
+        points = torch.eye(1, dim).expand(count, -1)
         model = wrap_dl2pa(backbone, **{**options, 'num_prototypes': None, 'prototypes': points})
     else:
         model = wrap_dl2pa(backbone, **options)
@@ -89,7 +104,29 @@ def dl2pa(
     cfg.pop('state_dict', None)
     model.pretrained_cfg = model.default_cfg = cfg
     model._model_args['dl2pa_backbone'] = dl2pa_backbone
+    if repository:
+        model.label_names = cfg.get('label_names')
     return model
+
+
+def _repository(given: dict[str, Any]) -> str | None:
+    """Return where a config finds its weights, if that is a folder or a repository: as `find_files` takes it."""
+    if given.get('source') == 'local-dir':
+        return f'local-dir:{given["file"]}'
+    named = given.get('source') == 'hf-hub' or not any(given.get(name) for name in ('state_dict', 'file'))
+    if not named or not given.get('hf_hub_id'):
+        return None
+    return f'hf-hub:{given["hf_hub_id"]}'
+
+
+def _for_other_classes(options: dict[str, Any], saved: SavedModel) -> dict[str, Any]:
+    """Return the options without those that a config has for its own number of classes alone."""
+    options = dict(options)
+    if options.get('num_prototypes') == saved.options.get('num_prototypes'):
+        options.pop('num_prototypes', None)
+    if options.get('scale') == default_scale(saved.num_classes):
+        del options['scale']
+    return options
 
 
 def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

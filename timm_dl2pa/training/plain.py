@@ -1,5 +1,4 @@
 """What `timm-dl2pa fold` and `push` make of a DL2PA model's checkpoint: a plain timm model's, a repository."""
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from timm.models import clean_state_dict
 
 from ..folding import fold_dl2pa
 from ..head import heads_of
-from ..hub import CONFIG_NAME, load_model
+from ..hub import load_model
+from ..hub_files import CONFIG_NAME
 from ..hub_upload import push_head_to_hub, push_model_to_hub
-from ..models import wrap_dl2pa
+from ..models import backbone_name, wrap_dl2pa
 from .inspection import read_checkpoint
 from .options import PREFIX, PluginOptions
 
@@ -43,12 +43,13 @@ def load_wrapped(
         ValueError: It is no checkpoint of a DL2PA model, does not say what made the model, or does not fit that.
     """
     path = Path(path)
-    if (path / CONFIG_NAME).is_file():
+    if (path / CONFIG_NAME).is_file():  # a folder
         if use_ema:
             raise ValueError(f'{path} has no averaged weights: save_model saves one set.')
         wrapped = load_model(path)
-        config = json.loads((path / CONFIG_NAME).read_text(encoding='utf-8'))
-        return wrapped, config['architecture'].partition('.')[0], config['model_args']
+        arguments = {name: value for name, value in wrapped._model_args.items()
+                     if name != 'num_classes' and not name.startswith(PREFIX)}
+        return wrapped, backbone_name(wrapped).partition('.')[0], arguments
     checkpoint = read_checkpoint(path)
     if use_ema and 'state_dict_ema' not in checkpoint:
         raise ValueError(f'{path} has no averaged weights (state_dict_ema): leave --use-ema out.')
