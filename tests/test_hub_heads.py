@@ -238,7 +238,7 @@ def test_layers_before_the_neck_belong_to_the_model(tmp_path):
 def test_round_trip(hub, head):
     address = push_head_to_hub(head, 'me/head', label_names=LABELS, token='hf_writer')
     assert address.startswith(f'{hub.url}/me/head/commit/')
-    assert sorted(hub.files('me/head')) == ['README.md', 'config.json', 'model.safetensors']
+    assert sorted(hub.files('me/head')) == ['README.md', 'config.json', 'model.safetensors', 'prototypes.png']
     assert len(hub.repositories['me/head'].commits) == 2  # the empty one, and one with all files
     for source in ('me/head', 'hf-hub:me/head', 'hf-hub:me/head@main'):
         found = load_head(source)
@@ -275,11 +275,13 @@ def test_the_card(hub, one):
     card = hub.files('me/head')['README.md'].decode()
     for text in ('library_name: timm_dl2pa', 'pipeline_tag: image-classification', 'license: mit', 'value: 0.75',
                  'base_model: timm/resnet18.a1_in1k', "wrap_dl2pa(backbone, head='me/head')", '| classes | 6 |',
+                 '![Where the classes stand](prototypes.png)',
                  "timm.create_model('resnet18.a1_in1k', pretrained=True)", 'a, b, c, d, e, f', '@inproceedings'):
         assert text in card, text
+    assert len(hub.repositories['me/head'].commits) == 2  # the empty one, and one with all files
     hub.put('me/head', {'README.md': b'mine'})
     one.push_to_hub('me/head', token='hf_writer')
-    assert hub.files('me/head')['README.md'] == b'mine'
+    assert hub.files('me/head')['README.md'] == b'mine' and 'prototypes.png' not in hub.files('me/head')
 
 
 def test_private_repositories_and_rights(hub, one, tmp_path):

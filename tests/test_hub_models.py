@@ -50,7 +50,7 @@ def test_round_trip(hub, name, monkeypatch):  # noqa: F811
     push_model_to_hub(model, 'me/model', label_names=LABELS, model_args=arguments, token='hf_writer')
     assert torch.equal(state, torch.get_rng_state()) and torch.equal(logits(model, arguments), expected)
     files = hub.files('me/model')
-    assert sorted(files) == ['README.md', 'config.json', 'model.safetensors']
+    assert sorted(files) == ['README.md', 'config.json', 'model.safetensors', 'prototypes.png']
     config = json.loads(files['config.json'])
     assert config['architecture'] == 'dl2pa' and config['label_names'] == LABELS
     assert "timm.create_model('hf-hub:me/model', pretrained=True)" in files['README.md'].decode()
@@ -298,7 +298,9 @@ def test_a_folder_is_what_the_hub_has(hub, tmp_path):  # noqa: F811
     push_model_to_hub(model, 'me/model', token='hf_writer', label_names=LABELS)
     save_model(model, tmp_path / 'model', label_names=LABELS)
     files = {path.name: path.read_bytes() for path in (tmp_path / 'model').iterdir()}
-    assert files == {name: content for name, content in hub.files('me/model').items() if name != 'README.md'}
+    sent = hub.files('me/model')
+    assert sent.keys() - files.keys() == {'README.md', 'prototypes.png'}
+    assert files == {name: sent[name] for name in ('config.json', 'model.safetensors')}
 
 
 def test_the_head_of_a_model_alone(hub):  # noqa: F811

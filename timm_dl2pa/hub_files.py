@@ -101,9 +101,9 @@ def is_kind(value: Any, kind: Any) -> bool:
 
 def check_label_names(label_names: Any, num_classes: int, where: str) -> None:
     """Raise a ValueError unless there are C names, or None."""
-    if label_names is not None and not (isinstance(label_names, list) and len(label_names) == num_classes
+    if label_names is not None and not (isinstance(label_names, (list, tuple)) and len(label_names) == num_classes
                                         and all(isinstance(name, str) for name in label_names)):
-        given = len(label_names) if isinstance(label_names, list) else label_names
+        given = len(label_names) if isinstance(label_names, (list, tuple)) else label_names
         raise ValueError(f'{where} must be {num_classes} names, one a class, not {given!r}.')
 
 

@@ -3,19 +3,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 
-from .card import head_card, model_card
+from .card import CARD_NAME, PICTURE_NAME, Facts, Training, card_files
 from .folding import fold_dl2pa
 from .head import heads_of
 from .head_files import head_files
 from .hub import check_savable
+from .hub_files import check_label_names
 from .model_files import model_stage
 from .models import backbone_name
 
 __all__ = ['push_head_to_hub', 'push_model_to_hub']
-
-_CARD_NAME = 'README.md'
 
 
 def push_head_to_hub(
@@ -26,6 +26,8 @@ def push_head_to_hub(
         base_model: str | None = None,
         metrics: dict[str, float] | None = None,
         license: str | None = None,
+        class_means: torch.Tensor | None = None,
+        training: Training | None = None,
         commit_message: str = 'Upload a DL2PA head',
         private: bool | None = None,
         token: str | bool | None = None,
@@ -34,8 +36,9 @@ def push_head_to_hub(
 ) -> str:
     """Upload a head alone, a few kilobytes to megabytes, to a repository of the Hugging Face Hub.
 
-    The repository is made if there is none. All files come in one commit. A model card is added where the repository
-    has none yet. `load_head(repo_id)` and `wrap_dl2pa(backbone, head=repo_id)` bring the head back.
+    The repository is made if there is none. All files come in one commit. A model card, with a picture where matplotlib
+    is at hand, is added where the repository has none yet. `load_head(repo_id)` and
+    `wrap_dl2pa(backbone, head=repo_id)` bring the head back.
 
     Args:
         model_or_head: A wrapped model, whose main head is taken, or a head.
@@ -45,6 +48,8 @@ def push_head_to_hub(
             'timm/resnet50.a1_in1k', say.
         metrics: For the card: 'accuracy' and the like, as fractions.
         license: For the card: 'apache-2.0', say.
+        class_means: (C, d), for the card: `scheduler.class_means.directions()`.
+        training: For the card, see `timm_dl2pa.card.Training`.
         commit_message: Its first line.
         private: Whether a new repository is private. See huggingface_hub, as `token`, `revision` and `create_pr`.
         token: A token with write access. Default: the one that `hf auth login` keeps.
@@ -66,8 +71,10 @@ def push_head_to_hub(
     if label_names is None:
         label_names = getattr(model_or_head, 'label_names', None) or getattr(head, 'label_names', None)
     contents = head_files(head, label_names)
-    contents[_CARD_NAME] = head_card(head, repo_id, label_names=label_names, base_model=base_model, metrics=metrics,
-                                     license=license).encode()
+    facts = Facts(
+        backbone=backbone_name(model_or_head), label_names=label_names, base_model=base_model, metrics=metrics,
+        license=license, backbone_license=_license_of(model_or_head), class_means=class_means, training=training)
+    contents.update(card_files(head, repo_id, facts, kind='head'))
     return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
                   create_pr=create_pr)
 
@@ -83,6 +90,8 @@ def push_model_to_hub(
         base_model: str | None = None,
         metrics: dict[str, float] | None = None,
         license: str | None = None,
+        class_means: torch.Tensor | None = None,
+        training: Training | None = None,
         commit_message: str = 'Upload a DL2PA model',
         private: bool | None = None,
         token: str | bool | None = None,
@@ -92,7 +101,8 @@ def push_model_to_hub(
     """Upload backbone and head to a repository of the Hugging Face Hub, in timm's format and safetensors alone.
 
     With timm_dl2pa imported, `timm.create_model('hf-hub:me/name', pretrained=True)` gives the same logits. Before
-    anything is sent, the model is made again from the files, and every tensor compared.
+    anything is sent, the model is made again from the files, and every tensor compared. A model card, with a picture
+    where matplotlib is at hand, is added where the repository has none yet.
 
     Args:
         model: A wrapped timm model. It stays as it is.
@@ -104,7 +114,9 @@ def push_model_to_hub(
         label_names: C names of the classes. Default: those that the model was loaded with, if any.
         base_model: For the card: what the model was trained from.
         metrics: For the card: 'accuracy' and the like, as fractions.
-        license: For the card.
+        license: For the card. Default: that of the backbone's weights, where timm says it; '' for none.
+        class_means: (C, d), for the card: `scheduler.class_means.directions()`.
+        training: For the card, see `timm_dl2pa.card.Training`.
         commit_message: Its first line.
         private: See `push_head_to_hub`, as `token`, `revision` and `create_pr`.
         token: A token with write access.
@@ -122,13 +134,21 @@ def push_model_to_hub(
     """
     check_savable(model)
     label_names = label_names or getattr(model, 'label_names', None)
+    check_label_names(label_names, model.num_classes, 'label_names')
     sent = fold_dl2pa(model) if folded else model
-    card = model_card(heads_of(model)[0], repo_id, folded=folded, backbone=backbone_name(model),
-                      label_names=label_names, base_model=base_model, metrics=metrics, license=license)
+    facts = Facts(
+        backbone=backbone_name(model), label_names=label_names, base_model=base_model, metrics=metrics,
+        license=license, backbone_license=_license_of(model), class_means=class_means, training=training)
+    card = card_files(heads_of(model)[0], repo_id, facts, kind='folded' if folded else 'model')
     with model_stage(sent, model_args=model_args, data_config=data_config, label_names=label_names) as stage:
-        contents = {path.name: path for path in stage.iterdir()}
-        return upload({**contents, _CARD_NAME: card.encode()}, repo_id, commit_message=commit_message, private=private,
-                      token=token, revision=revision, create_pr=create_pr)
+        contents = {**{path.name: path for path in stage.iterdir()}, **card}
+        return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
+                      create_pr=create_pr)
+
+
+def _license_of(model: nn.Module) -> str | None:
+    """Return the licence of a backbone's weights, as timm says."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('license')
 
 
 def upload(
@@ -149,8 +169,8 @@ def upload(
     is_new = not api.repo_exists(repo_id)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     try:
-        if not is_new and api.file_exists(repo_id, _CARD_NAME, revision=revision):
-            contents = {name: content for name, content in contents.items() if name != _CARD_NAME}
+        if not is_new and api.file_exists(repo_id, CARD_NAME, revision=revision):
+            contents = {name: content for name, content in contents.items() if name not in (CARD_NAME, PICTURE_NAME)}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr)

@@ -8,6 +8,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models import clean_state_dict
 
+from ..card import Training
 from ..folding import fold_dl2pa
 from ..head import heads_of
 from ..hub import load_model
@@ -16,6 +17,7 @@ from ..hub_upload import push_head_to_hub, push_model_to_hub
 from ..models import backbone_name, wrap_dl2pa
 from .inspection import read_checkpoint
 from .options import PREFIX, PluginOptions
+from .record import class_means_of, metrics_of, read_training
 
 __all__ = ['fold_checkpoint', 'load_wrapped', 'push_checkpoint']
 
@@ -130,7 +132,7 @@ def push_checkpoint(
 ) -> str:
     """Upload the model of a checkpoint to the Hub, and return the commit's address.
 
-    The card says the top-1 that the checkpoint was saved with, if it does.
+    The card shows what the checkpoint, and the files summary.csv and args.yaml beside it, say of the training.
 
     Args:
         path: What `load_wrapped` takes, as `use_ema`, `model` and `model_kwargs`.
@@ -144,12 +146,20 @@ def push_checkpoint(
         ValueError: See `load_wrapped`, `push_model_to_hub` and `push_head_to_hub`.
     """
     wrapped, _, arguments = load_wrapped(path, use_ema=use_ema, model=model, model_kwargs=model_kwargs)
-    if not Path(path).is_dir():
-        # timm saves its best metric, top-1 in percent by default.
-        checkpoint = read_checkpoint(Path(path))
-        metric = checkpoint.get('metric')
-        if isinstance(metric, (int, float)) and getattr(checkpoint.get('args'), 'eval_metric', None) == 'top1':
-            upload['metrics'] = {'accuracy': round(metric / 100, 6)}
+    path = Path(path)
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        training = read_training(path, checkpoint)
+        if training != Training():
+            upload.setdefault('training', training)
+        upload.setdefault('metrics', metrics_of(training, checkpoint, use_ema))
+        upload.setdefault('class_means', class_means_of(checkpoint))
+        said = checkpoint.get('args')
+        weights = wrapped.pretrained_cfg.get('hf_hub_id') or ''
+        if getattr(said, 'pretrained', False) and weights.startswith('timm/') and upload.get('base_model') is None:
+            upload['base_model'] = weights
+        if getattr(said, 'pretrained', None) is False and upload.get('license') is None:
+            upload['license'] = ''  # timm's weights took no part
     if head_only:
         return push_head_to_hub(wrapped, repo_id, **upload)
     return push_model_to_hub(wrapped, repo_id, folded=folded, model_args=arguments, **upload)
