@@ -363,6 +363,12 @@ def test_the_server_refuses_what_it_does_not_know(hub):
         urllib.request.urlopen(f'{hub.url}/api/spaces')
     with pytest.raises(urllib.error.HTTPError, match='400'):
         urllib.request.urlopen(urllib.request.Request(f'{hub.url}/lfs/{"0" * 64}', b'x', method='PUT'))
+    hub.put('me/head', {'a': b'a'})
+    commit = [json.dumps({'key': 'header', 'value': {'summary': '', 'parentCommit': 'f' * 40}}).encode()]
+    request = urllib.request.Request(f'{hub.url}/api/models/me/head/commit/main', b'\n'.join(commit), method='POST',
+                                     headers={'Authorization': 'Bearer hf_writer'})
+    with pytest.raises(urllib.error.HTTPError, match='412'):
+        urllib.request.urlopen(request)
 
 
 def test_with_the_environment_variable_alone(hub, one, tmp_path):

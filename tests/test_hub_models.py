@@ -332,6 +332,43 @@ def test_a_models_registry_name_comes_and_goes():
     assert model.pretrained_cfg['architecture'] == 'dl2pa'
 
 
+def test_other_channels(hub):  # noqa: F811
+    model = make('test_resnet', {})
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    found = timm.create_model('hf-hub:me/model', pretrained=True, in_chans=1).eval()
+    assert torch.allclose(found.conv1[0].weight, model.conv1[0].weight.sum(dim=1, keepdim=True), atol=1e-6)
+    assert torch.equal(found.fc.assignment, model.fc.assignment) and logits(found, dict(in_chans=1)).shape == (2, 6)
+
+
+def test_command_pushes_a_folder(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
+    model = make('test_vit', MODELS['test_vit'])
+    folder = str(save_model(model, tmp_path / 'model', model_args=MODELS['test_vit'], label_names=LABELS))
+    monkeypatch.setenv('HF_TOKEN', 'hf_reader')
+    with pytest.raises(SystemExit) as stopped:
+        main(['push', folder, 'me/model'])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith('timm-dl2pa push: ') and '403' in said and 'hf_reader' not in said
+    assert 'Traceback' not in said and not hub.repositories
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    main(['push', folder, 'me/model', '--private'])
+    assert hub.repositories['me/model'].private
+    found = load_model('me/model', token='hf_reader')
+    assert torch.equal(logits(found, {}), logits(model, {})) and found.label_names == LABELS
+    main(['push', folder, 'me/head', '--head-only'])
+    assert load_head('me/head').label_names == LABELS
+
+
+def test_a_closed_door_is_said_in_words(hub):  # noqa: F811
+    """The client's own words: none of ours hide them."""
+    model = make('test_resnet', {})
+    hub.repositories.clear()
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    for status in (403, 404):
+        hub.faults[:] = [('HEAD', 'config.json', status)] * 20
+        with pytest.raises((errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ValueError), match=str(status)):
+            load_model('me/model')
+
+
 def test_command_pushes_a_training(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     with plugged_in():

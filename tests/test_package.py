@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_hub_heads import hub  # noqa: F401  the fixture
 
 import timm_dl2pa
 
@@ -75,18 +76,27 @@ def test_readme_has_every_option_of_the_plugin():
 
 
 @pytest.mark.timm
-def test_readmes_python_runs(monkeypatch, tmp_path):
-    """Each Python block, in order, in one namespace; pretrained weights and data are made at random."""
+@pytest.mark.filterwarnings('ignore:.*HTTP upload')
+def test_readmes_python_runs(monkeypatch, tmp_path, hub):  # noqa: F811
+    """Each Python block, in order, in one namespace; weights and data are made at random, the Hub is the tests'."""
     import timm
     import torch
     monkeypatch.chdir(tmp_path)  # one block saves a model
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     create_model = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kwargs: create_model(
-        name if name == 'dl2pa' else 'test_resnet', **kwargs))
+
+    def small(name, pretrained=False, **kwargs):
+        if name.startswith(('hf-hub:', 'local-dir:')):
+            return create_model(name, pretrained=pretrained, **kwargs)
+        return create_model(name if name == 'dl2pa' else 'test_resnet', **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', small)
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 100, (8,))
-    names = {'loader': [(images, labels)] * 3, 'images': images, 'labels': labels}
+    names = {'loader': [(images, labels)] * 3, 'images': images, 'labels': labels,
+             'names': [f'class {index}' for index in range(100)]}
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), names)
     assert names['scheduler'].steps == 3
+    assert sorted(hub.repositories) == ['me/cifar100-dl2pa-128', 'me/resnet50-dl2pa', 'me/resnet50-plain']
