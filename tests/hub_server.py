@@ -34,7 +34,7 @@ class Hub:
 
     `hub.faults` holds (method, pattern of the path, status): the next request that fits gets that status; with the
     status 'truncated' half of the body, with 'corrupted' a body with other bytes; with 'cut' the connection
-    ends without an answer.
+    ends without an answer; with 'unseen' the repository is not found.
     """
 
     def __init__(self):
@@ -100,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.faults.remove(fault)
                 if isinstance(status, int):
                     return self.error(status, f'as told: {status}')
+                if status == 'unseen':
+                    return self.error(404, 'Repository not found', 'RepoNotFound')
                 if status == 'cut':
                     # A blob of which half came has another sha256: no hub keeps it.
                     self.close_connection = True

@@ -144,7 +144,7 @@ def test_a_failed_upload(hub):  # noqa: F811
 
 
 @pytest.mark.parametrize('method, path, status', [
-    ('POST', '/api/repos/create', 500), ('POST', '/preupload/', 500), ('POST', '/objects/batch', 429),
+    ('POST', '/preupload/', 500), ('POST', '/objects/batch', 429),
     ('PUT', '/lfs/', 403), ('PUT', '/lfs/', 503), ('PUT', '/lfs/', 'cut'), ('POST', '/lfs/verify', 404),
     ('POST', '/commit/', 409), ('POST', '/commit/', 412)])
 def test_a_failed_upload_leaves_what_was_there(hub, method, path, status):  # noqa: F811
@@ -303,6 +303,20 @@ def test_a_folder_is_what_the_hub_has(hub, tmp_path):  # noqa: F811
     assert files == {name: sent[name] for name in ('config.json', 'model.safetensors')}
 
 
+def test_a_repository_that_cannot_be_seen_was_not_made(hub):  # noqa: F811
+    model = make('test_resnet', {})
+    hub.put('me/model', {'a': b'a'})
+    hub.faults[:] = [('GET', '/api/models/me/model$', 'unseen'), ('POST', '/preupload/', 403)]
+    with pytest.raises(errors.HfHubHTTPError) as caught:  # creation answers 409
+        push_model_to_hub(model, 'me/model', token='hf_writer')
+    assert not hub.faults and caught.value.response.status_code == 403 and 'was made' not in str(caught.value)
+    # Nor one whose creation failed.
+    hub.faults[:] = [('POST', '/api/repos/create', 500)] * 20
+    with pytest.raises(errors.HfHubHTTPError) as caught:
+        push_model_to_hub(model, 'me/other', token='hf_writer')
+    assert 'was made' not in str(caught.value) and 'me/other' not in hub.repositories
+
+
 def test_the_head_of_a_model_alone(hub):  # noqa: F811
     model = make('test_resnet', {})
     push_head_to_hub(model, 'me/head', label_names=LABELS, token='hf_writer')
@@ -347,8 +361,8 @@ def test_command_pushes_a_folder(hub, tmp_path, capsys, monkeypatch):  # noqa: F
     with pytest.raises(SystemExit) as stopped:
         main(['push', folder, 'me/model'])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith('timm-dl2pa push: ') and '403' in said and 'hf_reader' not in said
-    assert 'Traceback' not in said and not hub.repositories
+    assert stopped.value.code == 2 and said.startswith('timm-dl2pa push: ') and '403' in said
+    assert 'hf_reader' not in said and 'Traceback' not in said and not hub.repositories
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     main(['push', folder, 'me/model', '--private'])
     assert hub.repositories['me/model'].private

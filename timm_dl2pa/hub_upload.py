@@ -163,11 +163,19 @@ def upload(
 ) -> str:
     """Send files in one commit, the card only where there is none, and return the commit's address."""
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     from . import __version__
     api = HfApi(token=token, library_name='timm_dl2pa', library_version=__version__)
     is_new = not api.repo_exists(repo_id)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if is_new:
+        try:
+            repo_id = api.create_repo(repo_id, private=private).repo_id
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            is_new = False  # it exists, but cannot be seen, or its name has no owner
+            repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     try:
         if not is_new and api.file_exists(repo_id, CARD_NAME, revision=revision):
             contents = {name: content for name, content in contents.items() if name not in (CARD_NAME, PICTURE_NAME)}

@@ -85,10 +85,10 @@ class SavedModel:
             model = timm.create_model(self.backbone, num_classes=self.num_classes, **self.arguments)
             wrap_dl2pa(model, **options, prototypes=torch.eye(1, dim).expand(count, -1))
         except Exception as error:  # whatever a backbone does with arguments that it does not know
-            wrote, have = self.versions.get('timm'), timm.__version__
+            wrote, have, why = self.versions.get('timm'), timm.__version__, str(error).rstrip('.')
             hint = f' It was written with timm {wrote}; this is {have}.' if wrote not in (None, have) else ''
             raise ValueError(f'timm cannot make {self.backbone!r} of {self.num_classes} classes with the arguments '
-                             f'{self.arguments} and the head {self.options}: {error}.{hint}') from error
+                             f'{self.arguments} and the head {self.options}: {why}.{hint}') from error
         model._model_args = {**self.arguments, **model._model_args}
         for head in heads_of(model):
             # Those that the config speaks of, not the ones that wait.
@@ -341,8 +341,8 @@ def _check_that_timm_makes_it(state: dict[str, torch.Tensor], arguments: dict[st
         try:
             again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
         except Exception as error:
-            raise ValueError(f'timm cannot make the model again, with the arguments {arguments}: {error}. '
-                             f'{remedy}') from error
+            raise ValueError(f'timm cannot make the model again, with the arguments {arguments}: '
+                             f'{str(error).rstrip(".")}. {remedy}') from error
     for name in sorted(state.keys() | again.keys()):
         if name not in state or name not in again or state[name].shape != again[name].shape or not torch.equal(
                 state[name], again[name].cpu().to(state[name].dtype)):
