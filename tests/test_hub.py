@@ -138,6 +138,8 @@ def test_bad_saves(model, tmp_path):
         save_model(model, tmp_path, label_names=list('abc'))
     with pytest.raises(ValueError, match='was not made by timm'):
         save_model(torch.nn.Sequential(model), tmp_path)
+    with pytest.raises(ValueError, match=r'give the model itself, model\._orig_mod'):
+        save_model(torch.compile(model), tmp_path)
     with pytest.raises(ValueError, match='JSON values'):
         save_model(model, tmp_path, model_args=dict(norm_layer=torch.nn.BatchNorm2d))
     with pytest.raises(ValueError, match='timm cannot make'):
@@ -283,7 +285,7 @@ HOSTILE = {
     'head kinds': (head(dim='3'), "dim in config.json must not be '3'"),
     'other head': (head(neck='linear'), "neck is 'linear' by its head, and 'linear_bn' by its other"),
     'other features': (head(in_features=95), 'in_features is 95 by its head, and 96'),
-    'architecture': (top(architecture='test_vit'), "its architecture is 'test_vit', not 'dl2pa'"),
+    'architecture': (top(architecture='test_vit'), "its architecture is 'test_vit', not 'dl2pa'. It is a plain"),
     'a path': (top(architecture='local-dir:/etc'), 'its architecture is'),
     'classes': (top(num_classes=10 ** 15), 'does not say, once and for all, how many|num_prototypes must be at least'),
     'no classes': (top(num_classes='5'), 'does not say, once and for all, how many classes'),

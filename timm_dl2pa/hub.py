@@ -66,6 +66,8 @@ def check_savable(model: nn.Module) -> None:
     """Raise a ValueError unless a model has a DL2PA head, and timm can make it."""
     if not heads_of(model):
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    if hasattr(model, '_orig_mod'):
+        raise ValueError('model is what torch.compile made: give the model itself, model._orig_mod.')
     if not backbone_name(model):
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
                          f'make it again: save or push the head alone.')

@@ -172,8 +172,11 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
     if is_kind(config.get('format'), int) and 'head' in config and 'library_name' not in config:
         config = _from_format_1(config, where)
     if config.get('architecture') != REGISTRY_NAME:
-        hint = ' It is that of a head alone: load it with load_head.' if config.get('library_name') == _KEY else ''
-        raise ValueError(f'{where} is not that of a DL2PA model: its architecture is {config.get("architecture")!r}, '
+        name = config.get('architecture')
+        hint = ' It is that of a head alone: load it with load_head.' if config.get('library_name') == _KEY else \
+            " It is a plain timm model: load it with timm.create_model('hf-hub:...')." \
+            if isinstance(name, str) and timm.is_model(name) else ''
+        raise ValueError(f'{where} is not that of a DL2PA model: its architecture is {name!r}, '
                          f'not {REGISTRY_NAME!r}.{hint}')
     data, arguments, ours = (config.get(name) or {} for name in ('pretrained_cfg', 'model_args', _KEY))
     for name, value in (('pretrained_cfg', data), ('model_args', arguments), (_KEY, ours)):
