@@ -14,6 +14,7 @@ from timm_dl2pa import load_model, save_model, save_prototypes, wrap_dl2pa
 from timm_dl2pa import prototypes as prototypes_room
 from timm_dl2pa.cli import main
 from timm_dl2pa.head import heads_of
+from timm_dl2pa.model_files import SavedModel
 from timm_dl2pa.training import plugged_in
 
 pytestmark = pytest.mark.timm
@@ -336,7 +337,14 @@ def test_hostile_folders(model, tmp_path, case, monkeypatch):
     damage(save_model(model, tmp_path))
     for name in ('torch.load', 'timm.models._helpers._torch_load', 'timm.models._builder.load_state_dict_from_url'):
         monkeypatch.setattr(name, None)
-    with pytest.raises(ValueError, match=message):
+    build = SavedModel.build
+
+    def without_memory(saved):
+        assert torch.empty(0).is_meta, 'a model was made of it'
+        return build(saved)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        patch.setattr(SavedModel, 'build', without_memory)
         load_model(tmp_path)
     # timm's own loader ends in an error too, ours or its own.
     with pytest.raises(Exception) as caught:
@@ -348,6 +356,15 @@ def test_a_config_brings_no_weights_without_being_asked(model, tmp_path):
     args(checkpoint_path='../secret.pth')(save_model(model, tmp_path))
     with pytest.raises(ValueError, match=r'checkpoint_path=.* cannot be among'):
         timm.create_model(f'local-dir:{tmp_path}')
+
+
+def test_a_savers_file_of_prototypes_is_not_looked_for(model, tmp_path):
+    """timm's own save_for_hf writes its name down."""
+    args(dl2pa_prototypes='/nowhere/points.safetensors')(save_model(model, tmp_path))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+    if RECORDS:
+        assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
 
 
 def test_missing_files_and_pickles(model, tmp_path):
