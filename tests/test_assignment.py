@@ -111,9 +111,3 @@ def test_low_precision_inputs(dtype):
 def test_errors_name_the_trouble(arguments, message):
     with pytest.raises(ValueError, match=message):
         solve_assignment(**arguments)
-
-
-def test_too_large_for_the_exact_solver_is_refused_before_allocating():
-    means, prototypes = torch.zeros(100_000, 2), torch.ones(100_000, 2)
-    with pytest.raises(ValueError, match=r'75 GiB of scores.*stop=0'):
-        solve_assignment(class_means=means, prototypes=prototypes)

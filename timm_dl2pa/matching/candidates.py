@@ -52,9 +52,15 @@ class Candidates:
         if len(self) == count * width:
             return linear_sum_assignment(self._values.reshape(count, width), maximize=True)[1]
         profits = self._values - prices[self._columns] if count == width else self._values
-        # scipy takes an entry of 0 for none, hence the 1.
-        costs = np.maximum.reduceat(profits, self._first)[self._rows] - profits + 1.0
-        pairs = csr_array((costs, self._columns, np.append(self._first, len(self))), shape=(count, width))
+        best = np.maximum.reduceat(profits, self._first)[self._rows]
+        wanted = np.flatnonzero(profits == best)
+        wanted = self._columns[wanted[np.unique(self._rows[wanted], return_index=True)[1]]]
+        if np.bincount(wanted, minlength=width).max() == 1:
+            return wanted
+        # scipy takes an entry of 0 for none, hence the 1. Where there are more columns than rows it goes straight to the
+        # augmenting paths: what it does before that where there are not is an auction, which near ties keep up for ages.
+        costs = best - profits + 1.0
+        pairs = csr_array((costs, self._columns, np.append(self._first, len(self))), shape=(count, width + 1))
         return min_weight_full_bipartite_matching(pairs)[1].astype(np.int64)
 
     def prices(self, assignment: np.ndarray, start: np.ndarray) -> np.ndarray:

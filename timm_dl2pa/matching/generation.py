@@ -58,7 +58,7 @@ def best_matching(
     Args:
         scores: (C, K), C <= K.
         start: (C,) int64, the assignment in force. The answer is no worse.
-        prices: (K,) to begin with, those of an earlier answer. Default: zeros.
+        prices: (K,) to begin with, those of an earlier answer. Default: each prototype's mean score.
         deadline: By `time.monotonic()`. A pass over the pairs stops when four fifths of what is left of the time are
             over, and the optimum among the candidates so far is the answer. That last solution is not cut short.
     """
@@ -66,16 +66,22 @@ def best_matching(
     everyone = np.arange(count)
     candidates = Candidates(scores, start)
     assignment = start
-    prices = np.zeros(width) if prices is None else prices
+    # Earlier prices say that classes compete: then those that have their best may have to move too.
+    contested = prices is not None and bool(prices.any())
+    prices = _first_prices(scores) if prices is None else prices
     if count * width <= _SMALL:
         candidates.add_all()
         assignment = _better(scores, candidates.match(prices), start)
         prices = candidates.prices(assignment, prices)
     best_bound, best_prices = float('inf'), prices
+    listed = False
     for turn in numbers():
         own = scores.pairs(everyone, assignment)
         found = sweep(scores, prices, assignment, own - prices[assignment], tolerance=_TOLERANCE,
-                      width=_WIDTH << max(0, turn - _PATIENCE), deadline=0.2 * time.monotonic() + 0.8 * deadline)
+                      width=_WIDTH << max(0, turn - _PATIENCE), everyone=contested and not listed,
+                      deadline=0.2 * time.monotonic() + 0.8 * deadline)
+        listed |= contested
+        contested = True
         bound = float(found.best.sum() + np.partition(prices, width - count)[width - count:].sum())
         if bound < best_bound:
             best_bound, best_prices = bound, prices
@@ -90,6 +96,13 @@ def best_matching(
         if exact or late or (not new and turn):
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), bool(exact))
         prices = candidates.prices(assignment, prices)
+
+
+def _first_prices(scores: Scores) -> np.ndarray:
+    """Return what all classes alike would give for a prototype: the embeddings of a young network lie in a cone."""
+    count, width = scores.shape
+    average = scores.average()
+    return np.maximum(average - np.partition(average, width - count)[width - count], 0.0)
 
 
 def _better(scores: Scores, assignment: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ import torch
 __all__ = ['Products', 'Scores', 'Table', 'unit_of']
 
 # Scores of one block: some megabytes, but enough rows for a matrix product to be fast.
-_BLOCK = 2 ** 21
-_LEAST_ROWS = 64
+_BLOCK = 2 ** 22
+_LEAST_ROWS = 128
 # Pairs whose float64 products are made at a time.
 _PAIRS = 2 ** 16
 
@@ -45,6 +45,10 @@ class Scores(ABC):
     @abstractmethod
     def error(self, prices: np.ndarray) -> np.ndarray:
         """Return bounds (C,) on how far the entries of `profits` are from the exact ones."""
+
+    @abstractmethod
+    def average(self) -> np.ndarray:
+        """Return the mean score (K,) of each prototype, over the classes."""
 
     @abstractmethod
     def indifferent(self) -> np.ndarray:
@@ -108,6 +112,9 @@ class Products(Scores):
         steps = (self.means.shape[1] + 4) * unit
         return steps / max(1 - steps, 0.5) * self.ceiling + 2.0 ** -22 * np.abs(prices).max(initial=0.0) + 1e-36
 
+    def average(self) -> np.ndarray:
+        return self.prototypes @ self.means.mean(axis=0)
+
     def indifferent(self) -> np.ndarray:
         return ~self.means.any(axis=1)
 
@@ -153,6 +160,10 @@ class Table(Scores):
 
     def error(self, prices: np.ndarray) -> np.ndarray:
         return np.full(self.shape[0], 2.0 ** -52 * (1 + np.abs(prices).max(initial=0.0)))
+
+    def average(self) -> np.ndarray:
+        sums = sum(self._read(rows).sum(dim=0) for rows in self.blocks())
+        return sums.cpu().numpy() / self.unit / self.shape[0]
 
     def indifferent(self) -> np.ndarray:
         return self._same

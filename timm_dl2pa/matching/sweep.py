@@ -16,7 +16,7 @@ class Sweep:
 
     Attributes:
         best: (C,) `max_k (s_ck - v_k)`, float64; an upper bound on it for classes that the time did not suffice for.
-        rows, columns: (N,) the most profitable pairs of each class whose own prototype is not the best.
+        rows, columns: (N,) the most profitable pairs of each class whose own is not the best; of all, if asked for.
         complete: Whether the time sufficed.
     """
     best: np.ndarray
@@ -33,6 +33,7 @@ def sweep(
         *,
         width: int,
         tolerance: float,
+        everyone: bool = False,
         deadline: float = float('inf'),
 ) -> Sweep:
     """Compare each class's profit `s_ca - v_a` with the best that any prototype offers, `max_k (s_ck - v_k)`.
@@ -46,7 +47,8 @@ def sweep(
         assignment: (C,) a.
         profits: (C,) `s_ca - v_a`.
         width: Number of pairs to report of a class.
-        tolerance: Offers that are better by no more are not reported.
+        tolerance: A prototype that offers more by this only is not better.
+        everyone: Report pairs of every class.
         deadline: By `time.monotonic()`; after it, what is left is bounded without looking.
     """
     best = np.maximum(scores.ceiling - prices.min(), profits)
@@ -61,7 +63,10 @@ def sweep(
         own = torch.from_numpy(assignment[rows]).to(block.device)
         block[torch.arange(len(block), device=block.device), own] = -torch.inf
         best[rows] = profits[rows]
-        close = np.flatnonzero(block.amax(dim=1).cpu().numpy() >= profits[rows] - error[rows])
+        if everyone:
+            close = np.arange(len(block))
+        else:
+            close = np.flatnonzero(block.amax(dim=1).cpu().numpy() >= profits[rows] - error[rows])
         if not len(close):
             continue
         if len(close) < len(block):
@@ -82,7 +87,7 @@ def sweep(
             offers[some, -1] = exact.max(axis=1)
         offer = offers.max(axis=1)
         best[close] = np.maximum(best[close], offer)
-        better = offer > profits[close] + tolerance
+        better = (offer > profits[close] + tolerance) | everyone
         found_rows.append(np.repeat(close[better], top.shape[1]))
         found_columns.append(columns[better].ravel())
     return Sweep(best, np.concatenate([*found_rows, np.empty(0, np.int64)]),
