@@ -1,4 +1,4 @@
-"""The solver against scipy's dense one, and its certificate. Small problems go through blocks, candidates and rounds too."""
+"""The solver against scipy's dense one, and its certificate; blocks, candidates and rounds on small problems too."""
 from contextlib import contextmanager
 from unittest import mock
 

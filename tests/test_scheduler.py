@@ -243,6 +243,7 @@ def test_a_state_that_lacks_something_changes_nothing(make_head):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(interval=0), "interval must be 'epoch' or"), (dict(interval='step'), "interval must be 'epoch' or"),
+    (dict(min_gain=-0.1), 'min_gain must be a share'), (dict(lag=0), 'lag must be at least 1'),
     (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
     (dict(stop=-1), 'stop must be at least 0'), (dict(warmup=-1), 'warmup must be at least 0'),
     (dict(warmup=float('nan')), 'warmup must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])

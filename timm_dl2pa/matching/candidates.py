@@ -57,8 +57,8 @@ class Candidates:
         wanted = self._columns[wanted[np.unique(self._rows[wanted], return_index=True)[1]]]
         if np.bincount(wanted, minlength=width).max() == 1:
             return wanted
-        # scipy takes an entry of 0 for none, hence the 1. Where there are more columns than rows it goes straight to the
-        # augmenting paths: what it does before that where there are not is an auction, which near ties keep up for ages.
+        # scipy takes an entry of 0 for none, hence the 1. With more columns than rows (one is empty) it goes straight
+        # to the augmenting paths; otherwise it holds an auction first, which near ties keep up for ages.
         costs = best - profits + 1.0
         pairs = csr_array((costs, self._columns, np.append(self._first, len(self))), shape=(count, width + 1))
         return min_weight_full_bipartite_matching(pairs)[1].astype(np.int64)
