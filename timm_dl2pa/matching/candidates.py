@@ -32,15 +32,21 @@ class Candidates:
         keys = np.setdiff1d(rows.astype(np.int64) * width + columns, self._keys)
         values = self._scores.pairs(keys // width, keys % width)
         place = np.searchsorted(self._keys, keys)
-        self._keys, self._values = np.insert(self._keys, place, keys), np.insert(self._values, place, values)
-        self._rows, self._columns = self._keys // width, self._keys % width
-        self._first = np.searchsorted(self._rows, np.arange(self._scores.shape[0]))
+        self._set(np.insert(self._keys, place, keys), np.insert(self._values, place, values))
         return len(keys)
 
-    def add_all(self) -> None:
-        """Add every pair."""
+    def _set(self, keys: np.ndarray, values: np.ndarray) -> None:
         count, width = self._scores.shape
-        self.add(np.repeat(np.arange(count), width), np.tile(np.arange(width), count))
+        self._keys, self._values = keys, values
+        self._rows, self._columns = keys // width, keys % width
+        self._first = np.searchsorted(self._rows, np.arange(count))
+
+    def add_all(self) -> int:
+        """Add every pair, and return how many of them are new."""
+        count, width = self._scores.shape
+        new = count * width - len(self)
+        self._set(np.arange(count * width), self._scores.exact(np.arange(count)).ravel())
+        return new
 
     def match(self, prices: np.ndarray) -> np.ndarray:
         """Return the best assignment (C,) among these pairs: shortest augmenting paths.

@@ -11,7 +11,7 @@ from .sweep import sweep
 
 __all__ = ['Matching', 'best_matching']
 
-# With no more pairs than this, all are candidates at once.
+# With no more pairs than this, the candidates are all of them.
 _SMALL = 2 ** 14
 # Pairs that a pass adds for a class; twice as many in each round after some, lest ties take many rounds.
 _WIDTH = 16
@@ -69,10 +69,6 @@ def best_matching(
     # Earlier prices say that classes compete: then those that have their best may have to move too.
     contested = prices is not None and bool(prices.any())
     prices = _first_prices(scores) if prices is None else prices
-    if count * width <= _SMALL:
-        candidates.add_all()
-        assignment = _better(scores, candidates.match(prices), start)
-        prices = candidates.prices(assignment, prices)
     best_bound, best_prices = float('inf'), prices
     listed = False
     for turn in numbers():
@@ -87,7 +83,8 @@ def best_matching(
             best_bound, best_prices = bound, prices
         if best_bound - own.sum() <= count * _TOLERANCE:
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), True)
-        new = candidates.add(found.rows, found.columns)
+        small = count * width <= _SMALL
+        new = candidates.add_all() if small else candidates.add(found.rows, found.columns)
         if new:
             assignment = _better(scores, candidates.match(prices), assignment)
             own = scores.pairs(everyone, assignment)
