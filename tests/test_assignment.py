@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from timm_dl2pa import make_prototypes, solve_assignment
+from timm_dl2pa import align_prototypes, make_prototypes, solve_assignment
 from timm_dl2pa.assignment import check_assignment
 
 
@@ -111,3 +111,9 @@ def test_low_precision_inputs(dtype):
 def test_errors_name_the_trouble(arguments, message):
     with pytest.raises(ValueError, match=message):
         solve_assignment(**arguments)
+
+
+def test_a_rotation_of_too_many_is_refused_before_allocating():
+    means, prototypes = torch.zeros(100_000, 2), torch.ones(100_000, 2)
+    with pytest.raises(ValueError, match=r'75 GiB of scores.*warmup=0'):
+        align_prototypes(means, prototypes)

@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -261,6 +262,9 @@ def test_warns_where_a_resolve_cannot_work(make_head):
     head = make_head(num_classes=50_000, dim=2, prototypes=nn.functional.normalize(torch.randn(50_000, 2)))
     with pytest.warns(UserWarning, match='stop=0'):
         AssignmentScheduler(head)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        paper_rule(head)    # without the rotation there is no limit
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -305,7 +305,8 @@ class AssignmentScheduler:
         pending, head = self._pending, self.heads[0]
         if pending.sums is None:
             return
-        sums, prototypes, start = pending.sums, head.prototypes, self._in_force()
+        # A copy: what is loaded into the model meanwhile goes to the same memory.
+        sums, prototypes, start = pending.sums, head.prototypes.clone(), self._in_force()
 
         def solve() -> tuple[AssignmentResult, float]:
             began = time.perf_counter()
