@@ -220,8 +220,8 @@ def test_earlier_prices_save_passes_after_a_drift():
 
 def test_prices_of_any_kind_only_help_or_hinder():
     prototypes, means, start = unit_rows(70, 4, 0), unit_rows(60, 4, 1), np.arange(60)
-    for seed in range(3):
-        prices = 10 * torch.randn(70, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for factor in (1e-3, 10, 1e6, 1e300, float('nan')):
+        prices = factor * torch.randn(70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         earlier = AssignmentResult(torch.from_numpy(start), 0, 0.0, 0.0, prices=prices)
         with small_steps(2):
             check(solve_assignment(class_means=means, prototypes=prototypes, start=earlier), means @ prototypes.T,

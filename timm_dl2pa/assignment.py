@@ -12,6 +12,8 @@ from .matching import Products, Scores, Table, best_matching
 
 __all__ = ['MAX_SCORES', 'AssignmentResult', 'check_assignment', 'solve_assignment']
 
+# Prices that are this many times larger than the scores are not of these, and would cost digits.
+_LARGEST_PRICE = 2.0 ** 10
 # The rotation of the prototypes (`align_prototypes`) holds all C x K scores in float64; more (16 GiB) are refused.
 MAX_SCORES = 2 ** 31
 
@@ -188,6 +190,8 @@ def solve_assignment(
     num_classes, num_prototypes = source.shape
     start, prices = _start_of(start, num_classes, num_prototypes)
     pinned = _pins_of(pinned, num_classes)
+    if prices is not None and not np.abs(prices / source.unit).max() < _LARGEST_PRICE:
+        prices = None  # of other scores, or not finite: of no help
 
     everyone = np.arange(num_classes)
     idle = source.indifferent() & ~pinned

@@ -53,7 +53,8 @@ def best_matching(
     with equality only for an optimal assignment and prices that prove it. A pass over all pairs computes the right
     hand side. Where it is larger than the left one, the pairs that the pass found most profitable join the candidates,
     the exact optimum among those is found, prices with which it is optimal there are the next pass's, and so on: the
-    column generation of linear programming. An assignment that is optimal at the first prices takes a single pass.
+    column generation of linear programming (Dantzig and Wolfe 1960). An assignment that is optimal at the first prices
+    takes a single pass.
 
     Args:
         scores: (C, K), C <= K.
