@@ -92,12 +92,12 @@ def _as_float64(array: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
 
 
 def _as_table(scores: Any) -> torch.Tensor:
-    """Return scores as a tensor in whatever dtype and place they have."""
+    """Return scores as a tensor in whatever dtype they have, on the CPU or a CUDA device."""
     if not isinstance(scores, torch.Tensor):
         scores = torch.from_numpy(np.require(scores, requirements=('C', 'W')))
     if scores.ndim != 2:
         raise ValueError(f'scores must have two dimensions, not the shape {tuple(scores.shape)}.')
-    return scores.detach()
+    return scores.detach() if scores.is_cuda else scores.detach().cpu()
 
 
 def _scores_of(scores: Any, class_means: Any, prototypes: Any) -> Scores:
@@ -157,9 +157,8 @@ def solve_assignment(
     """Maximise `sum_c scores[c, a(c)]` over all injections a of C classes into K >= C prototypes, with a proof.
 
     With `class_means` and `prototypes` the scores are their inner products: the matching step of DL2PA. They are never
-    all held at once (`matching.best_matching` says how): 100,000 classes take gigabytes of memory less than their
-    80 GB of scores, and minutes. The better the start, the less there is to do; where it is the optimum and its prices
-    are given, one pass over the pairs proves it.
+    all held at once (`matching.best_matching` says how), which is what makes 100,000 classes possible. The better the
+    start, the less there is to do; where it is the optimum and its prices are given, one pass over the pairs proves it.
 
     A class whose scores are all the same has no preference. So has a class that was never seen, whose mean is zero. It
     keeps its prototype of `start` unless a class with a preference takes that one. The assignment in force wins ties:
