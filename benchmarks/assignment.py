@@ -5,8 +5,9 @@
     python benchmarks/assignment.py --recorded           # class means of a training on scikit-learn's digits
 
 Class means are w p_a(c) + noise of norm 1: w = 1 is what training leads to, 0.3 what is hard. Rounds are interleaved,
-seconds are medians of them (one round where a solver takes over half a minute). Peak memory is what a solver takes beyond the inputs. A row is written when it is done;
---resume keeps the rows that are there. `lap` and `lapx` are one module: whichever is installed is measured.
+seconds are medians of them (who takes over half a minute has one). Peak memory is what a solver takes beyond the
+inputs. A row is written when it is done; --resume keeps the rows that are there. `lap` and `lapx` are one module:
+whichever is installed is measured.
 """
 import argparse
 import ctypes
