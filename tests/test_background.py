@@ -4,9 +4,12 @@ import threading
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from test_scheduler import feed, paper_rule
 
 from timm_dl2pa import AssignmentScheduler, ClassMeans, Schedule, scheduler, solve_assignment
+from timm_dl2pa.background import Background
+from timm_dl2pa.matching import generation, sparse
 
 
 def as_told(update):
@@ -83,6 +86,37 @@ def test_an_error_of_the_solver_reaches_the_training(make_head, monkeypatch):
     assert head.assignment.tolist() == list(range(7)) and not observed.history
     # Those who catch it go on.
     assert [feed(head, observed, step) is not None for step in range(3, 7)] == [False, False, True, False]
+
+
+@pytest.fixture
+def sparse_apart(monkeypatch):
+    """No sparse problem is small; and whoever solves one in this process stops the training."""
+    def refuse(pairs):
+        raise AssertionError('held the lock')
+
+    monkeypatch.setattr(sparse, '_MANY', 0)
+    monkeypatch.setattr(sparse, 'min_weight_full_bipartite_matching', refuse)
+    monkeypatch.setattr(generation, '_SMALL', 0)
+
+
+@pytest.mark.usefixtures('sparse_apart')
+def test_what_would_hold_pythons_lock_runs_in_another_process():
+    points, means = (torch.randn(200, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = Background(lambda: solve_assignment(class_means=means, prototypes=points)).result()
+    assert found.exact
+    scores = (means.double() @ points.double().T).numpy()
+    rows, columns = linear_sum_assignment(scores, maximize=True)
+    assert found.objective == pytest.approx(scores[rows, columns].sum(), rel=1e-12)
+    with pytest.raises(AssertionError, match='held the lock'):
+        solve_assignment(class_means=means, prototypes=points)
+
+
+@pytest.mark.usefixtures('sparse_apart')
+def test_an_error_in_the_other_process_is_told(monkeypatch):
+    monkeypatch.setattr(sparse, '_PROGRAM', 'raise MemoryError("too much")')
+    points, means = (torch.randn(200, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    with pytest.raises(RuntimeError, match=r'(?s)ended with the status 1.*too much'):
+        Background(lambda: solve_assignment(class_means=means, prototypes=points)).result()
 
 
 def test_bad_batches_raise_when_the_solve_begins(make_head):

@@ -12,7 +12,7 @@ class Background(Generic[T]):
     """Calls a function at once, in a thread that no exit of the program waits for.
 
     Args:
-        function: Without arguments. NumPy, SciPy and PyTorch let other threads run while they compute.
+        function: Without arguments. It should let other threads run, as NumPy and PyTorch do while they compute.
     """
 
     def __init__(self, function: Callable[[], T]):

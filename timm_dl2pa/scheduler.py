@@ -80,7 +80,8 @@ class AssignmentScheduler:
     With `background=True` a re-solve runs in a thread of rank 0 while training goes on under the old assignment. The
     new one is taken `lag` batches later, by then at the latest waited for: so that runs repeat exactly, and resume
     exactly from a checkpoint that was saved in between. What falls due meanwhile begins after that. The solver's error
-    is raised where its answer would have been taken. The re-solve that ends the warm-up is not in the background.
+    is raised where its answer would have been taken. What would hold Python's lock for long runs in a process of its
+    own. An answer that is still to be taken when training ends is dropped. The re-solve that ends the warm-up is not in the background.
 
     Each re-solve after the first starts from the prices of the one before (`solve_assignment`).
 

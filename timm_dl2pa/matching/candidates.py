@@ -1,10 +1,9 @@
 """The pairs that matter: a sparse assignment problem, its exact solution, and the prices that prove it."""
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from .sources import Scores
+from .sparse import solve_sparse
 
 __all__ = ['Candidates']
 
@@ -52,7 +51,7 @@ class Candidates:
         """Return the best assignment (C,) among these pairs: shortest augmenting paths.
 
         Where C = K, prices change no optimum, and good ones leave little to do: most classes get what they want most.
-        scipy's solver is Jonker and Volgenant's 1987 for sparse problems, Crouse's 2016 where all pairs are here.
+        Where all pairs are here it is scipy's dense solver (Crouse 2016).
         """
         count, width = self._scores.shape
         if len(self) == count * width:
@@ -66,8 +65,7 @@ class Candidates:
         # scipy takes an entry of 0 for none, hence the 1. With more columns than rows (one is empty) it goes straight
         # to the augmenting paths; otherwise it holds an auction first, which near ties keep up for ages.
         costs = best - profits + 1.0
-        pairs = csr_array((costs, self._columns, np.append(self._first, len(self))), shape=(count, width + 1))
-        return min_weight_full_bipartite_matching(pairs)[1].astype(np.int64)
+        return solve_sparse(costs, self._columns, np.append(self._first, len(self)), (count, width + 1))
 
     def prices(self, assignment: np.ndarray, start: np.ndarray) -> np.ndarray:
         """Return prices (K,), the least of them 0, at which every class has the best of its pairs.
