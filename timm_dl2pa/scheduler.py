@@ -81,7 +81,8 @@ class AssignmentScheduler:
     new one is taken `lag` batches later, by then at the latest waited for: so that runs repeat exactly, and resume
     exactly from a checkpoint that was saved in between. What falls due meanwhile begins after that. The solver's error
     is raised where its answer would have been taken. What would hold Python's lock for long runs in a process of its
-    own. An answer that is still to be taken when training ends is dropped. The re-solve that ends the warm-up is not in the background.
+    own. An answer that is still to be taken when training ends is dropped. The re-solve that ends the warm-up is not in
+    the background.
 
     Each re-solve after the first starts from the prices of the one before (`solve_assignment`).
 
