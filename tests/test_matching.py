@@ -218,6 +218,19 @@ def test_earlier_prices_save_passes_after_a_drift():
     assert warm.objective == pytest.approx(without.objective, rel=1e-12) and 0 < warm.moved < 300
 
 
+def test_a_narrow_cone_takes_no_more_passes_than_the_whole_sphere():
+    """What all classes' means have in common, as in a young network, is in the first prices."""
+    prototypes = unit_rows(500, 16, 0)
+    passes = {}
+    for width in (0.01, 1e9):
+        with counted_passes() as counted:
+            result = solve_assignment(class_means=unit_rows(1, 16, 1) + width * unit_rows(500, 16, 2),
+                                      prototypes=prototypes)
+        assert result.exact
+        passes[width] = len(counted)
+    assert passes[0.01] <= passes[1e9] + 1
+
+
 def test_prices_of_any_kind_only_help_or_hinder():
     prototypes, means, start = unit_rows(70, 4, 0), unit_rows(60, 4, 1), np.arange(60)
     for factor in (1e-3, 10, 1e6, 1e300, float('nan')):
@@ -245,6 +258,27 @@ def test_float64_decides_what_float32_cannot_tell(precision):
     rows, columns = linear_sum_assignment(scores, maximize=True)
     assert 0 < result.moved < 40 and (result.assignment.numpy() == columns).mean() > 0.9
     assert result.objective == pytest.approx(scores[rows, columns].sum(), rel=1e-14)
+
+
+@pytest.mark.parametrize('width', [1, 3, 500])
+@pytest.mark.parametrize('everyone', [False, True])
+def test_a_pass_is_exact_where_float32_is_not(width, everyone):
+    base = unit_rows(200, 48, 0)
+    prototypes = np.concatenate([base, base + 1e-8 * unit_rows(200, 48, 1)])
+    means, prices = base + unit_rows(200, 48, 2), 0.01 * np.random.default_rng(3).random(400)
+    prices[200:] = prices[:200]
+    for assignment in (np.arange(200), np.arange(200, 400)):
+        scores = Products(means, prototypes)
+        table = means @ prototypes.T / scores.unit - prices
+        own = table[np.arange(200), assignment]
+        found = sweep_module.sweep(scores, prices, assignment, own, width=width, tolerance=1e-13, everyone=everyone)
+        np.testing.assert_allclose(found.best, table.max(axis=1), rtol=0, atol=1e-14)
+        broken = np.flatnonzero(table.max(axis=1) > own + 1e-13)
+        assert 50 < len(broken) < 150
+        assert set(found.rows) == (set(range(200)) if everyone else set(broken))
+        # The pair that breaks the prices most is among those reported.
+        reported = set(zip(found.rows, found.columns))
+        assert all((row, table[row].argmax()) in reported for row in broken)
 
 
 def test_a_tie_moves_nobody_although_others_gain():
