@@ -65,7 +65,9 @@ def prototypes_large(record: dict[str, Any]) -> str:
 
 
 def assignment(record: dict[str, Any]) -> str:
-    others = [key.removeprefix('faster than ') for key in record['results'][0] if key.startswith('faster than ')]
+    results = sorted(record['results'], key=lambda row: (row['num_classes'], row['dim']))
+    others = [key.removeprefix('faster than ') for key in dict.fromkeys(key for row in results for key in row)
+              if key.startswith('faster than ')]
 
     def cells(row: dict[str, Any], name: str) -> list[str]:
         if f'{name} seconds' not in row:
@@ -75,7 +77,7 @@ def assignment(record: dict[str, Any]) -> str:
 
     rows = [[f'{r["num_classes"]:,}, {r["dim"]}', r['case'], *(cell for name in ('ours', *others) for cell in
              cells(r, name)), *(f'{r[f"faster than {name}"]:.2g}x' if f'faster than {name}' in r else '-'
-                                for name in others)] for r in record['results']]
+                                for name in others)] for r in results]
     return table(['C, d', 'start', *(cell for name in ('ours', *others) for cell in (name, 'memory')),
                   *(f'faster than {name}' for name in others)], rows)
 
