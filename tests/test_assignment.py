@@ -47,6 +47,10 @@ def test_small_gains_on_large_scores_count():
     assert solve_assignment([[1e6, 1e6 + 5e-4], [1e6 + 5e-4, 1e6]]).assignment.tolist() == [1, 0]
 
 
+def test_the_smallest_numbers_count():
+    assert solve_assignment([[0.0, 5e-324]]).assignment.tolist() == [1]
+
+
 def test_means_and_prototypes_are_scores():
     prototypes = make_prototypes(30, 8)
     means = torch.randn(25, 8, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ _PAIRS = 2 ** 11
 
 def unit_of(largest: float) -> float:
     """Return a power of two near a magnitude: dividing by it is exact, and keeps float32 in its range."""
-    return float(2.0 ** np.clip(np.frexp(largest)[1], -1000, 1000)) if largest else 1.0
+    return float(2.0 ** np.clip(np.frexp(largest)[1], -1073, 1000)) if largest else 1.0
 
 
 def _lost_digits(device: torch.device) -> float:
@@ -85,7 +85,7 @@ class Products(Scores):
 
     def __init__(self, means: np.ndarray, prototypes: np.ndarray, device: torch.device | str = 'cpu'):
         units = [unit_of(float(np.abs(array).max(initial=0.0))) for array in (means, prototypes)]
-        self.unit = units[0] * units[1]
+        self.unit = max(units[0] * units[1], 5e-324)
         self.device = torch.device(device)
         self.means, self.prototypes = means / units[0], prototypes / units[1]
         self._prepare()
