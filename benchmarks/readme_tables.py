@@ -64,6 +64,28 @@ def prototypes_large(record: dict[str, Any]) -> str:
     return table(['K, d', 'method', 'made by', 'largest cosine', 'by theorem', 'bound', 'energy', 'seconds'], rows)
 
 
+def assignment(record: dict[str, Any]) -> str:
+    results = sorted(record['results'], key=lambda row: (row['num_classes'], row['dim']))
+    others = [key.removeprefix('faster than ') for key in dict.fromkeys(key for row in results for key in row)
+              if key.startswith('faster than ')]
+
+    def cells(row: dict[str, Any], name: str) -> list[str]:
+        if f'{name} seconds' not in row:
+            return ['-', '-']
+        seconds = row[f'{name} seconds']
+        return [f'{1000 * seconds:.1f} ms' if seconds < 0.1 else f'{seconds:.2f} s', f'{row[f"{name} peak_mb"]:,} MB']
+
+    rows = [[f'{r["num_classes"]:,}, {r["dim"]}', r['case'], *(cell for name in ('ours', *others) for cell in
+             cells(r, name)), *(f'{r[f"faster than {name}"]:.2g}x' if f'faster than {name}' in r else '-'
+                                for name in others)] for r in results]
+    return table(['C, d', 'start', *(cell for name in ('ours', *others) for cell in (name, 'memory')),
+                  *(f'faster than {name}' for name in others)], rows)
+
+
+def assignment_large(record: dict[str, Any]) -> str:
+    return assignment(record)
+
+
 def demo(record: dict[str, Any]) -> str:
     names = {'linear': 'linear classifier', 'static': 'fixed prototypes, static assignment', 'dl2pa': 'DL2PA'}
     rows = [[names[run['head']], f'{run["top1"]:.2f}', f'{run["head_parameters"]:,}', sum(run['moved']) or '-']
@@ -177,7 +199,8 @@ def main() -> int:
     args = parser.parse_args()
     readme = ROOT / 'README.md'
     old = new = readme.read_text()
-    for make in (head_step, train_step, prototypes, prototypes_large, demo, demo_seeds, *_FOLDER_TABLES):
+    for make in (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
+                 *_FOLDER_TABLES):
         name = make.__name__
         file = ROOT / 'benchmarks' / 'results' / f'{name}.json'
         content = make() if make in _FOLDER_TABLES else make(json.loads(file.read_text()))

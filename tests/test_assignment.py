@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from timm_dl2pa import make_prototypes, solve_assignment
+from timm_dl2pa import align_prototypes, make_prototypes, solve_assignment
 from timm_dl2pa.assignment import check_assignment
 
 
@@ -45,6 +45,10 @@ def test_equals_trying_all(scores):
 
 def test_small_gains_on_large_scores_count():
     assert solve_assignment([[1e6, 1e6 + 5e-4], [1e6 + 5e-4, 1e6]]).assignment.tolist() == [1, 0]
+
+
+def test_the_smallest_numbers_count():
+    assert solve_assignment([[0.0, 5e-324]]).assignment.tolist() == [1]
 
 
 def test_means_and_prototypes_are_scores():
@@ -113,7 +117,7 @@ def test_errors_name_the_trouble(arguments, message):
         solve_assignment(**arguments)
 
 
-def test_too_large_for_the_exact_solver_is_refused_before_allocating():
+def test_a_rotation_of_too_many_is_refused_before_allocating():
     means, prototypes = torch.zeros(100_000, 2), torch.ones(100_000, 2)
-    with pytest.raises(ValueError, match=r'75 GiB of scores.*stop=0'):
-        solve_assignment(class_means=means, prototypes=prototypes)
+    with pytest.raises(ValueError, match=r'75 GiB of scores.*warmup=0'):
+        align_prototypes(means, prototypes)

@@ -201,7 +201,8 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
 
     # What the user sees: one line at the start and one a re-solve, a file beside the summary, and the summary.
     lines = [record.message for record in caplog.records if record.message.startswith('DL2PA')]
-    assert 'K=5' in lines[0] and 'd=3' in lines[0] and 'LabelSmoothingCrossEntropy' in lines[0] and 'scipy' in lines[0]
+    assert 'K=5' in lines[0] and 'd=3' in lines[0] and 'LabelSmoothingCrossEntropy' in lines[0]
+    assert f're-solved every {"epoch" if interval == "epoch" else "3 batches"}, exactly' in lines[0]
     assert len(lines) == 1 + len(ours)
     assert f'batch {ours[0].step}: {ours[0].moved} of 5 labels moved' in lines[1]
     assert f'{ours[0].objective_before / 5:.4f} -> {ours[0].objective / 5:.4f}' in lines[1]
@@ -425,7 +426,8 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 
 
 @pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_epochs=2), dict(warmup_epochs=0),
-                                 dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax')],
+                                 dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax'),
+                                 dict(interval='2:8,3', background=True, lag=3, min_gain=0.01, warmup_epochs=0)],
                          ids=str)
 @pytest.mark.parametrize('stopped_after', [1, 2, 3])
 def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
@@ -437,6 +439,16 @@ def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
     seconds = dict(seconds=None)
     assert [{**row, **seconds} for row in rows(tmp_path / 'broken' / 'dl2pa.csv')] == [
         {**row, **seconds} for row in rows(tmp_path / 'unbroken' / 'dl2pa.csv')]
+
+
+def test_the_scheduler_gets_its_options(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval='2:4,3', dl2pa_background=True, dl2pa_lag=2, dl2pa_min_gain=0.01,
+                 dl2pa_warmup_epochs=0)
+    assert 're-solved every 2 (up to 4), then 3 batches in the background, 2 batches behind, exactly' in caplog.text
+    assert task.assignment_scheduler.min_gain == 0.01
+    # The one that fell due after the fourth batch began when the first was taken, both before the fifth.
+    assert [update.step for update in task.assignment_scheduler.history] == [2, 4, 7]
 
 
 def test_resume_after_a_kill_goes_on_from_the_last_checkpoint(tmp_path):

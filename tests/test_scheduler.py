@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -243,6 +244,7 @@ def test_a_state_that_lacks_something_changes_nothing(make_head):
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(interval=0), "interval must be 'epoch' or"), (dict(interval='step'), "interval must be 'epoch' or"),
+    (dict(min_gain=-0.1), 'min_gain must be a share'), (dict(lag=0), 'lag must be at least 1'),
     (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
     (dict(stop=-1), 'stop must be at least 0'), (dict(warmup=-1), 'warmup must be at least 0'),
     (dict(warmup=float('nan')), 'warmup must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
@@ -260,6 +262,9 @@ def test_warns_where_a_resolve_cannot_work(make_head):
     head = make_head(num_classes=50_000, dim=2, prototypes=nn.functional.normalize(torch.randn(50_000, 2)))
     with pytest.warns(UserWarning, match='stop=0'):
         AssignmentScheduler(head)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        paper_rule(head)    # without the rotation there is no limit
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

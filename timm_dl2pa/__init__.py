@@ -19,6 +19,7 @@ from .prototypes import (
     uniformity,
 )
 from .registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
+from .schedule import Schedule
 from .scheduler import AssignmentScheduler, AssignmentUpdate
 
 __version__ = '0.1.0'
@@ -33,6 +34,7 @@ __all__ = [
     'DL2PAConfig',
     'DL2PAHead',
     'DotRegressionLoss',
+    'Schedule',
     'SquaredCosineLoss',
     'align_prototypes',
     'default_scale',

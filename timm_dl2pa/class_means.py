@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-__all__ = ['ClassMeans', 'RunningClassMeans', 'shares_of']
+__all__ = ['ClassMeans', 'RunningClassMeans', 'directions_of', 'shares_of']
 
 
 def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -19,6 +19,13 @@ def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.T
     total = shares.sum(dim=1, keepdim=True)
     shares = torch.where(total == 0, total, shares / total)
     yield from zip(labels.unbind(1), shares.split(1, dim=1))
+
+
+def directions_of(sums: torch.Tensor) -> torch.Tensor:
+    """Return the directions of sums (C, d), float64 on the CPU: unit rows, zero where a sum is."""
+    sums = sums.to('cpu', torch.float64)
+    lengths = sums.norm(dim=1, keepdim=True)
+    return torch.where(lengths > 0, sums / lengths, 0.0)
 
 
 class ClassMeans:
@@ -105,9 +112,7 @@ class ClassMeans:
 
     def directions(self) -> torch.Tensor:
         """Return the class means (C, d), float64 on the CPU: unit rows, zero for a class without samples."""
-        sums = self.sums.to('cpu', torch.float64)
-        lengths = sums.norm(dim=1, keepdim=True)
-        return torch.where(lengths > 0, sums / lengths, 0.0)
+        return directions_of(self.sums)
 
     def decay(self, momentum: float) -> None:
         """Multiply what was summed so far by `momentum`, 0 to 1."""

@@ -1,7 +1,8 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ import torch.nn as nn
 
 from .alignment import align_prototypes
 from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
-from .class_means import ClassMeans, RunningClassMeans
+from .background import Background
+from .class_means import ClassMeans, RunningClassMeans, directions_of
 from .head import heads_of
+from .schedule import Schedule
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
 
@@ -26,7 +29,7 @@ class AssignmentUpdate:
         moved: Number of classes that changed their prototype.
         objective_before: `sum_c <m_c, p_a(c)>` over the class means, under the assignment that was in force.
         objective: The same under the new one: the maximum.
-        seconds: Time of the re-solve.
+        seconds: Time of the re-solve; of one in the background, beside the training.
     """
     step: int
     epoch: int
@@ -34,6 +37,21 @@ class AssignmentUpdate:
     objective_before: float
     objective: float
     seconds: float
+
+
+@dataclass
+class _Pending:
+    """A re-solve that runs in the background. Only rank 0 has the class sums, and solves."""
+    step: int
+    epoch: int
+    take_at: int
+    sums: torch.Tensor | None
+    solver: Background[tuple[AssignmentResult, float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs: the sums, not what was made of them so far."""
+        return {'step': self.step, 'epoch': self.epoch, 'take_at': self.take_at,
+                'sums': None if self.sums is None else self.sums.cpu().clone()}
 
 
 class AssignmentScheduler:
@@ -59,19 +77,33 @@ class AssignmentScheduler:
     batches or processes.) In a distributed run (`torch.distributed` initialised) every process must make the same
     calls: at a re-solve the sums are merged, rank 0 solves, and all take its assignment, or raise its error.
 
+    With `background=True` a re-solve runs in a thread of rank 0 while training goes on under the old assignment. The
+    new one is taken `lag` batches later, by then at the latest waited for: so that runs repeat exactly, and resume
+    exactly from a checkpoint that was saved in between. What falls due meanwhile begins after that. The solver's error
+    is raised where its answer would have been taken. What would hold Python's lock for long runs in a process of its
+    own. An answer that is still to be taken when training ends is dropped. The re-solve that ends the warm-up is not in
+    the background.
+
+    Each re-solve after the first starts from the prices of the one before (`solve_assignment`).
+
     Where a model has several DL2PA heads (a distilled one), the first is observed, and all get its assignment.
 
     `history` lists what each re-solve did.
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
-        interval: Re-solve after every so many batches, or after each 'epoch', of which `epoch_end()` tells.
-        start: No re-solve falls due before so many batches (epochs, if `interval` is 'epoch').
+        interval: Re-solve after every so many batches, or after each 'epoch', of which `epoch_end()` tells. Or a
+            `Schedule`, or its text: '100:1000,1000' is after every 100 batches up to the 1,000th, then every 1,000.
+        start: No re-solve falls due before so many batches (epochs, if `interval` counts those).
         stop: None falls due after so many batches (epochs); 0 keeps the assignment static. Default: never stops.
         momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
-        warmup: Length of the warm-up in batches (epochs, if `interval` is 'epoch'), at least up to `start`; a re-solve
-            falls due at its end. Default: one interval, whole epochs rather than a few batches being what it takes.
-            math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
+        warmup: Length of the warm-up in batches (epochs, if `interval` counts those), at least up to `start`; a
+            re-solve falls due at its end. Default: one interval, whole epochs rather than a few batches being what it
+            takes. math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
+        min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves. The rotation at
+            the end of the warm-up is not held back.
+        background: Solve in a thread, and take the answer later.
+        lag: How many batches later.
 
     Raises:
         ValueError: The model has no DL2PA head, its heads differ, or a number is out of range.
@@ -87,18 +119,20 @@ class AssignmentScheduler:
     def __init__(
             self,
             model: nn.Module,
-            interval: int | str = 'epoch',
+            interval: int | str | Schedule = 'epoch',
             *,
             start: int = 0,
             stop: int | None = None,
             momentum: float = 0.5,
             warmup: float | None = None,
+            min_gain: float = 0.0,
+            background: bool = False,
+            lag: int = 16,
     ):
         self.heads = heads_of(model)
         if not self.heads:
             raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
-        if interval != 'epoch' and not (isinstance(interval, int) and interval >= 1):
-            raise ValueError(f"interval must be 'epoch' or a number of batches >= 1, not {interval!r}.")
+        schedule = Schedule.of(interval)
         if start < 0:
             raise ValueError(f'start must be at least 0, not {start}.')
         if stop is not None and stop < 0:
@@ -106,27 +140,38 @@ class AssignmentScheduler:
         if not 0 <= momentum <= 1:
             raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
         if warmup is None:
-            warmup = 1 if interval == 'epoch' else interval
+            warmup = schedule.stages[0][0]
         if not warmup >= 0:
             raise ValueError(f'warmup must be at least 0, not {warmup}.')
+        if not 0 <= min_gain < 1:
+            raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
+        if lag < 1:
+            raise ValueError(f'lag must be at least 1, not {lag}.')
         head = self.heads[0]
         for other in self.heads[1:]:
             if other.num_classes != head.num_classes or not torch.equal(other.prototypes, head.prototypes):
                 raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                                  'share an assignment: make a scheduler for each head.')
-        if stop != 0 and head.num_classes * len(head.prototypes) > MAX_SCORES:
-            warnings.warn(f'{head.num_classes} classes are too many for the exact solver: a re-solve will raise. '
-                          f'Keep the assignment static (stop=0).', stacklevel=2)
+        if stop != 0 and warmup > 0 and head.num_classes * len(head.prototypes) > MAX_SCORES:
+            warnings.warn(f'{head.num_classes} classes are too many for the rotation at the end of the warm-up, which '
+                          f'will raise. Leave the warm-up out (warmup=0), or keep the assignment static (stop=0).',
+                          stacklevel=2)
         self.interval = interval
+        self.schedule = schedule
         self.start = start
         self.stop = stop
         self.momentum = momentum
         self.warmup = warmup
+        self.min_gain = min_gain
+        self.background = background
+        self.lag = lag
         self.steps = 0
         self.epochs = 0
         self.history: list[AssignmentUpdate] = []
         self.class_means = ClassMeans(head.num_classes, head.dim, head.prototypes.device)
         self._due = False
+        self._pending: _Pending | None = None
+        self._prices: torch.Tensor | None = None
         self._embeddings: torch.Tensor | None = None
         head.observer = self._observe
         self._running: RunningClassMeans | None = None
@@ -145,6 +190,7 @@ class AssignmentScheduler:
         """End the warm-up without a re-solve, and forget the class sums: the assignment in force is a good one."""
         self._set_warmup(False)
         self._due = False
+        self._pending = self._prices = None
         self.class_means.reset()
 
     def _set_warmup(self, on: bool) -> None:
@@ -194,14 +240,14 @@ class AssignmentScheduler:
             self._give_vectors()
         self._embeddings = None
         self.steps += 1
-        if self.interval != 'epoch':
+        if self.schedule.unit == 'batches':
             self._mark(self.steps)
         return update
 
     def epoch_end(self) -> None:
         """Tell that an epoch is over. With `interval='epoch'` a re-solve then is due at the next batch."""
         self.epochs += 1
-        if self.interval == 'epoch':
+        if self.schedule.unit == 'epochs':
             self._mark(self.epochs)
 
     def resolve_if_due(self) -> AssignmentUpdate | None:
@@ -211,12 +257,18 @@ class AssignmentScheduler:
         distributed run every process must call it at the same point.
 
         Returns:
-            What the re-solve did, or None if none was due.
+            What the re-solve did, or None if none was due; of one in the background, when it is taken.
 
         Raises:
             ValueError: Targets were out of range or embeddings not finite, as `step` says.
         """
-        return self._resolve() if self._due else None
+        update = self._take() if self._pending is not None else None
+        if not self._due or self._pending is not None:
+            return update
+        if not self.background or self.warming_up:
+            return self._resolve()
+        self._launch()
+        return update
 
     def merge(self) -> None:
         """In a distributed run, move what every process summed to rank 0, whose `state_dict()` then is all there is.
@@ -228,50 +280,99 @@ class AssignmentScheduler:
     def _mark(self, count: int) -> None:
         if self.warming_up:
             self._due |= count >= max(self.warmup, self.start)
-        elif self.interval == 'epoch' or count % self.interval == 0:
+        elif self.schedule.due(count):
             self._due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def _resolve(self) -> AssignmentUpdate:
         began = time.perf_counter()
         self.merge()
-        distributed = dist.is_available() and dist.is_initialized()
-        answer: list[Any] = [None]
-        if not distributed or dist.get_rank() == 0:
-            try:
-                answer = [self._solve()]
-            except Exception as error:
-                # Raised below, after the others have heard of it: they would wait forever.
-                answer = [error]
-        if distributed:
-            dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        result, prototypes = answer[0]
-        for head in self.heads:
-            head.assign(result.assignment, prototypes)
+        result, prototypes = self._on_rank_0(self._solve)
         if self.warming_up:
             self._set_warmup(False)
         self.class_means.decay(self.momentum)
         self._due = False
-        update = AssignmentUpdate(
-            step=self.steps,
-            epoch=self.epochs,
-            moved=result.moved,
-            objective_before=result.objective_before,
-            objective=result.objective,
-            seconds=time.perf_counter() - began,
-        )
+        return self._apply(result, prototypes, self.steps, self.epochs, time.perf_counter() - began)
+
+    def _launch(self) -> None:
+        """Begin a re-solve in the background."""
+        self.merge()
+        self._on_rank_0(self.class_means.check)
+        self._pending = _Pending(self.steps, self.epochs, self.steps + self.lag,
+                                 self.class_means.sums.clone() if _rank() == 0 else None)
+        self._start_solver()
+        self.class_means.decay(self.momentum)
+        self._due = False
+
+    def _start_solver(self) -> None:
+        pending, head = self._pending, self.heads[0]
+        if pending.sums is None:
+            return
+        # A copy: what is loaded into the model meanwhile goes to the same memory.
+        sums, prototypes, start = pending.sums, head.prototypes.clone(), self._in_force()
+
+        def solve() -> tuple[AssignmentResult, float]:
+            began = time.perf_counter()
+            result = self._match(directions_of(sums), prototypes, start)
+            return result, time.perf_counter() - began
+
+        pending.solver = Background(solve)
+
+    def _take(self) -> AssignmentUpdate | None:
+        """Take the answer of the re-solve in the background, if its time has come."""
+        pending = self._pending
+        if pending.solver is None:
+            self._start_solver()  # resumed from a checkpoint
+        if self.steps < pending.take_at:
+            return None
+        self._pending = None
+        result, seconds = self._on_rank_0(lambda: pending.solver.result())
+        return self._apply(result, None, pending.step, pending.epoch, seconds)
+
+    def _apply(self, result: AssignmentResult, prototypes: torch.Tensor | None, step: int, epoch: int,
+               seconds: float) -> AssignmentUpdate:
+        for head in self.heads:
+            head.assign(result.assignment, prototypes)
+        self._prices = result.prices
+        update = AssignmentUpdate(step=step, epoch=epoch, moved=result.moved, objective_before=result.objective_before,
+                                  objective=result.objective, seconds=seconds)
         self.history.append(update)
         return update
+
+    @staticmethod
+    def _on_rank_0(function: Callable[[], Any]) -> Any:
+        """Return on every process what the function returns on rank 0, or raise its error."""
+        answer: list[Any] = [None]
+        if _rank() == 0:
+            try:
+                answer = [function()]
+            except Exception as error:
+                # Raised below, after the others have heard of it: they would wait forever.
+                answer = [error]
+        if _distributed():
+            dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
+
+    def _in_force(self) -> AssignmentResult:
+        """Return the assignment in force, with the prices of the last re-solve."""
+        nothing = float('nan')
+        return AssignmentResult(self.heads[0].assignment.cpu(), 0, nothing, nothing, prices=self._prices)
+
+    def _match(self, means: torch.Tensor, prototypes: torch.Tensor, start: AssignmentResult) -> AssignmentResult:
+        """Return the best assignment, or the one in force if the gain is too small."""
+        result = solve_assignment(class_means=means, prototypes=prototypes, start=start)
+        if result.objective - result.objective_before < self.min_gain * abs(result.objective):
+            result = replace(result, assignment=start.assignment, moved=0, objective=result.objective_before,
+                             exact=result.exact and result.moved == 0)
+        return result
 
     def _solve(self) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Return the assignment and, at the end of the warm-up, the rotated prototypes."""
         self.class_means.check()
         head = self.heads[0]
         if self._running is None:
-            result = solve_assignment(
-                class_means=self.class_means.directions(), prototypes=head.prototypes, start=head.assignment)
-            return result, None
+            return self._match(self.class_means.directions(), head.prototypes, self._in_force()), None
         means = self._running.directions()
         aligned = align_prototypes(means, head.prototypes, seed=head.config.seed)
         before = head.assignment.cpu()
@@ -294,6 +395,8 @@ class AssignmentScheduler:
             'epochs': self.epochs,
             'due': self._due,
             'history': history,
+            'prices': None if self._prices is None else self._prices.clone(),
+            'pending': self._pending and self._pending.state_dict(),
             'running': None if self._running is None else self._running.state_dict(),
             **self.class_means.state_dict(),
         }
@@ -306,7 +409,11 @@ class AssignmentScheduler:
         """
         steps, epochs, due = state['steps'], state['epochs'], state['due']
         history = [AssignmentUpdate(**update) for update in state['history']]
-        running = state.get('running')  # states of version 0.1.0 have none
+        running = state.get('running')  # states of version 0.1.0 have none, nor the next two
+        prices, pending = state.get('prices'), state.get('pending')
+        if prices is not None and len(prices) != len(self.heads[0].prototypes):
+            raise ValueError(f'the saved prices are of {len(prices)} prototypes, not '
+                             f'{len(self.heads[0].prototypes)}: they are of another head.')
         self.class_means.load_state_dict(state)
         self._set_warmup(running is not None)
         if running is not None:
@@ -314,3 +421,14 @@ class AssignmentScheduler:
             self._give_vectors()
         self.steps, self.epochs, self._due, self.history = steps, epochs, due, history
         self._embeddings = None
+        self._prices = None if prices is None else prices.clone()
+        self._pending = None if pending is None else _Pending(
+            **{**pending, 'sums': pending['sums'].clone() if _rank() == 0 else None})
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0

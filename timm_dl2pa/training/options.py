@@ -38,11 +38,17 @@ class PluginOptions:
                                              'dot_regression or balanced_softmax (both for long tails), which take '
                                              'its place (default: criterion)')
     loss_weight: float | None = _option(None, (int, float), "factor on our losses (default: the loss's own, 30 and 1)")
-    interval: int | str = _option('epoch', (int, str), "re-solve after each 'epoch', or after so many batches "
-                                                       '(default: epoch)')
+    interval: int | str = _option('epoch', (int, str), "re-solve after each 'epoch', or after so many batches, or "
+                                                       "'every:until,every' batches, e.g. 100:1000,1000 (default: "
+                                                       'epoch)')
     start: int = _option(0, (int,), 'no re-solve before so many epochs, or batches (default: 0)')
     stop: int | None = _option(None, (int,), 'none after so many; 0 keeps the assignment static (default: never stops)')
     momentum: float = _option(0.5, (int, float), 'factor on the class sums after each re-solve (default: 0.5)')
+    min_gain: float = _option(0.0, (int, float), 'least gain in the objective, as a share of it, below which nothing '
+                                                 'moves (default: 0)')
+    background: bool = _option(False, (bool,), 'solve beside the training, and take the answer some batches later '
+                                               '(default: training waits)')
+    lag: int = _option(16, (int,), 'how many batches later (default: 16)')
     warmup_epochs: int = _option(1, (int,), "epochs trained towards running class means before the first assignment; 0 "
                                             "is the paper's rule (default: 1)")
     prime: int = _option(0, (int,), 'number of batches at the start that are not trained on, but set assignment and '

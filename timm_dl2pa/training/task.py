@@ -53,6 +53,9 @@ class DL2PATask(TrainingTask):
             start=options.start,
             stop=options.stop,
             momentum=options.momentum,
+            min_gain=options.min_gain,
+            background=options.background,
+            lag=options.lag,
             # Counted here: the interval may be in batches.
             warmup=math.inf if options.warmup_epochs and not options.prime else 0,
         )
@@ -71,11 +74,12 @@ class DL2PATask(TrainingTask):
         self._record_is_ours = False
         if self.verbose:
             head = self.dl2pa_heads[0]
-            interval = 'epoch' if options.interval == 'epoch' else f'{options.interval} batches'
+            interval = self.assignment_scheduler.schedule
+            where = f' in the background, {options.lag} batches behind' if options.background else ''
             _logger.info(
                 f'DL2PA: {type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
                 f'{head.num_classes} classes, loss {options.loss}{replaced}, '
-                + ('static assignment' if options.stop == 0 else f're-solved every {interval}, solver scipy (exact)')
+                + ('static assignment' if options.stop == 0 else f're-solved every {interval}{where}, exactly')
                 + (f', primed by the first {options.prime} batches' if options.prime else
                    f', after a warm-up of {options.warmup_epochs} epochs' if self.assignment_scheduler.warming_up
                    else ''))

@@ -1,0 +1,78 @@
+"""Schedule: when a re-solve falls due."""
+import re
+from dataclasses import dataclass
+
+__all__ = ['Schedule']
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A re-solve after every so many batches, or epochs: often early on, when labels still move, and seldom later.
+
+    Args:
+        stages: Pairs (every, until): up to the count `until` a re-solve falls due after every `every`, counted from the
+            end of the stage before. With None for `until` the last stage never ends.
+        unit: 'batches' or 'epochs', what is counted.
+
+    Raises:
+        ValueError: There is no stage, an `every` is below 1, `until` does not rise, or the unit is none.
+
+    Example:
+        >>> Schedule(((100, 1000), (1000, None)))     # or, wherever an interval is asked for, '100:1000,1000'
+    """
+    stages: tuple[tuple[int, int | None], ...]
+    unit: str = 'batches'
+
+    def __post_init__(self) -> None:
+        if self.unit not in ('batches', 'epochs'):
+            raise ValueError(f"unit must be 'batches' or 'epochs', not {self.unit!r}.")
+        if not self.stages:
+            raise ValueError('stages must have at least one pair (every, until).')
+        begin = 0
+        for number, (every, until) in enumerate(self.stages):
+            if every < 1:
+                raise ValueError(f'stages must have every >= 1, not {every} in stage {number}.')
+            last = number + 1 == len(self.stages)
+            if (until is None and not last) or (until is not None and until <= begin):
+                raise ValueError(f'stages must end one after the other: stage {number} ends at {until}, after {begin}.')
+            begin = until
+
+    @classmethod
+    def of(cls, interval: 'int | str | Schedule') -> 'Schedule':
+        """Return the schedule that an interval stands for.
+
+        Args:
+            interval: A number of batches; 'epoch'; a text 'every:until,every:until,every' in batches, or in epochs if
+                ' epochs' follows; a schedule itself.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if isinstance(interval, Schedule):
+            return interval
+        if interval == 'epoch':
+            return cls(((1, None),), 'epochs')
+        if isinstance(interval, int) and interval >= 1:
+            return cls(((interval, None),))
+        found = re.fullmatch(r'((?:\d+:\d+,)*\d+(?::\d+)?)( ?epochs)?', interval) if isinstance(interval, str) else None
+        if not found:
+            raise ValueError(f"interval must be 'epoch' or a number of batches >= 1, a Schedule or its text "
+                             f"'every:until,every', not {interval!r}.")
+        pairs = [stage.split(':') for stage in found[1].split(',')]
+        return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),
+                   'epochs' if found[2] else 'batches')
+
+    def due(self, count: int) -> bool:
+        """Whether a re-solve falls due after so many batches, or epochs."""
+        begin = 0
+        for every, until in self.stages:
+            if until is None or count <= until:
+                return (count - begin) % every == 0
+            begin = until
+        return False
+
+    def __str__(self) -> str:
+        if self == Schedule.of('epoch'):
+            return 'epoch'
+        parts = [f'{every}' if until is None else f'{every} (up to {until})' for every, until in self.stages]
+        return f'{", then ".join(parts)} {self.unit}'
