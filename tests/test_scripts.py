@@ -119,7 +119,7 @@ def assert_same_state(ours, theirs):
 
 def test_both_ways_in_are_one(training):
     said = training.train('plugin', options=['interval=4'])
-    assert re.search(r'DL2PA: .*K=5 .*d=3 .*loss criterion .*every 4 batches, solver', said)
+    assert re.search(r'DL2PA: .*K=5 .*d=3 .*loss criterion .*every 4 batches, exactly', said)
     assert len(re.findall(r'DL2PA: after epoch .* labels moved, objective per class .* -> ', said)) == 5
     assert len(training.record('plugin')) == 5
     assert training.summary('plugin')[-1]['train_dl2pa_resolves'] == '5'
