@@ -241,7 +241,10 @@ class Run:
         if recipe.method == 'paper':
             self.rule = PaperRule(self.head, torch.Generator().manual_seed(recipe.seed))
         elif recipe.method == 'dl2pa':
-            self.scheduler = AssignmentScheduler(self.model, **recipe.dl2pa)
+            # As in train.py: prototypes are placed during the first half.
+            options = {'warmup': max(1, recipe.epochs // 2), **recipe.dl2pa}
+            self.scheduler = AssignmentScheduler(self.model, **{
+                name: math.inf if value == 'inf' else value for name, value in options.items()})
         self.epoch = 0
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []

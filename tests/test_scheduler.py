@@ -157,9 +157,10 @@ def test_targets_that_do_not_fit_are_refused_before_a_due_resolve(make_head, tar
     assert scheduler.step(torch.zeros(3, dtype=torch.long)) is not None
 
 
+@pytest.mark.parametrize('evenness', [0.3, math.inf])
 @pytest.mark.parametrize('warmup', [0, 4, 6])
 @pytest.mark.parametrize('stopped_after', [3, 4, 6])
-def test_resumes_to_the_bit(make_head, stopped_after, warmup):
+def test_resumes_to_the_bit(make_head, stopped_after, warmup, evenness):
     """An unbroken run equals one that was saved, loaded in new objects and continued: before, in and after the warm-up
     and with a re-solve due."""
 
@@ -177,11 +178,11 @@ def test_resumes_to_the_bit(make_head, stopped_after, warmup):
         return updates
 
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3, warmup=warmup)
+    scheduler = AssignmentScheduler(head, interval=3, warmup=warmup, evenness=evenness)
     unbroken = train(head, scheduler, range(10))
 
     first = make_head()
-    before = AssignmentScheduler(first, interval=3, warmup=warmup)
+    before = AssignmentScheduler(first, interval=3, warmup=warmup, evenness=evenness)
     updates = train(first, before, range(stopped_after))
     buffer = io.BytesIO()
     torch.save({'model': first.state_dict(), 'scheduler': before.state_dict()}, buffer)
@@ -189,7 +190,7 @@ def test_resumes_to_the_bit(make_head, stopped_after, warmup):
     state = torch.load(buffer, weights_only=True)
     second = make_head()
     second.load_state_dict(state['model'])
-    after = AssignmentScheduler(second, interval=3, warmup=warmup)
+    after = AssignmentScheduler(second, interval=3, warmup=warmup, evenness=evenness)
     after.load_state_dict(state['scheduler'])
     assert updates + train(second, after, range(stopped_after, 10)) == unbroken
     assert any(update and update[1] for update in unbroken)
@@ -247,7 +248,9 @@ def test_a_state_that_lacks_something_changes_nothing(make_head):
     (dict(min_gain=-0.1), 'min_gain must be a share'), (dict(lag=0), 'lag must be at least 1'),
     (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
     (dict(stop=-1), 'stop must be at least 0'), (dict(warmup=-1), 'warmup must be at least 0'),
-    (dict(warmup=float('nan')), 'warmup must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
+    (dict(warmup=float('nan')), 'warmup must be at least 0'),
+    (dict(evenness=-0.1), 'evenness must be at least 0'), (dict(evenness=float('nan')), 'evenness must be at least 0'),
+    (dict(evenness='inf'), 'evenness must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
 def test_bad_arguments(make_head, arguments, message):
     with pytest.raises(ValueError, match=message):
         AssignmentScheduler(make_head(), **arguments)
@@ -287,7 +290,7 @@ def test_no_synchronisation_on_a_gpu(make_head):
 
 def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3)
+    scheduler = AssignmentScheduler(head, interval=3, evenness=math.inf)
     running = RunningClassMeans(7, 4)
     for _ in range(3):
         x, labels = torch.randn(32, 12), torch.randint(0, 7, (32,))
@@ -304,7 +307,7 @@ def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(mak
 def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
     head = make_head()
     before = head.prototypes.clone()
-    scheduler = AssignmentScheduler(head, interval=3)
+    scheduler = AssignmentScheduler(head, interval=3, evenness=math.inf)
     for step in range(3):
         assert feed(head, scheduler, step) is None
     means = scheduler._running.directions()
@@ -355,18 +358,20 @@ def test_a_warmup_of_epochs_and_its_early_end(make_head):
 def test_a_static_assignment_has_no_warmup(make_head):
     head = make_head()
     scheduler = AssignmentScheduler(head, stop=0)
-    assert not scheduler.warming_up and head.warmup_vectors is None
+    assert not scheduler.warming_up and not head.warming_up
 
 
+@pytest.mark.parametrize('evenness', [0.3, math.inf])
 @pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
-def test_the_papers_loss_is_the_cross_entropy_in_the_warmup(make_head, train_output):
+def test_the_papers_loss_is_the_cross_entropy_in_the_warmup(make_head, train_output, evenness):
     """A loss of distances to means that follow the embeddings would be least where all embeddings are one."""
     head = make_head(train_output=train_output)
-    scheduler = AssignmentScheduler(head, interval=2)
+    scheduler = AssignmentScheduler(head, interval=2, evenness=evenness)
     feed(head, scheduler, 0)
     criterion = SquaredCosineLoss(head)
     x, labels = torch.randn(8, 12), torch.randint(0, 7, (8,))
-    logits = head.current_scale() * head.embed(x) @ scheduler._running.directions().t()
+    vectors = head.class_prototypes if evenness == 0.3 else scheduler._running.directions()
+    logits = head.current_scale() * head.embed(x) @ vectors.t()
     soft = torch.softmax(torch.randn(8, 7), 1)
     for targets in (labels, soft):
         expected = nn.functional.cross_entropy(logits, targets)
@@ -380,8 +385,8 @@ def test_a_state_from_before_there_were_warmups_goes_on_without_one(make_head):
     scheduler = paper_rule(make_head(), interval=3)
     feed(scheduler.heads[0], scheduler, 0)
     state = scheduler.state_dict()
-    del state['running']
+    del state['running'], state['placement']
     after = AssignmentScheduler(make_head(), interval=3)
     after.load_state_dict(state)
-    assert not after.warming_up and after.heads[0].warmup_vectors is None
+    assert not after.warming_up and not after.heads[0].warming_up
     assert torch.equal(after.class_means.sums, scheduler.class_means.sums)

@@ -170,8 +170,9 @@ class DL2PAHead(nn.Module):
     `AssignmentScheduler` sees them. `mode_observer`, if set, is called with the new mode at each `train()` and
     `eval()`: that is how a training task of timm's hears of epochs. `feature_observer`, if set, is called with the
     detached features (B, in_features) of each forward: for priming. `warmup_vectors`, if set, are class vectors (C, d)
-    that stand in for the prototypes in training mode: during its warm-up an `AssignmentScheduler` sets them. None of
-    the four is copied, pickled or saved with the head.
+    that stand in for the prototypes in training mode: during its warm-up an `AssignmentScheduler` sets them, or moves
+    the prototypes themselves after each batch, as `placing` then tells. None of the five is copied, pickled or saved
+    with the head.
 
     Args:
         in_features: Number of backbone features.
@@ -198,7 +199,8 @@ class DL2PAHead(nn.Module):
     prototypes: torch.Tensor
     assignment: torch.Tensor
     # TorchScript compiles properties, and knows no configs.
-    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes')
+    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes',
+                                 'warming_up')
 
     def __init__(
             self,
@@ -267,6 +269,7 @@ class DL2PAHead(nn.Module):
         self.mode_observer: Callable[[bool], None] | None = None
         self.feature_observer: Callable[[torch.Tensor], None] | None = None
         self.warmup_vectors: torch.Tensor | None = None
+        self.placing = False
 
     @classmethod
     def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
@@ -368,6 +371,18 @@ class DL2PAHead(nn.Module):
             self.config = replace(self.config, own_prototypes=True)
         self.assignment.copy_(assignment)
 
+    @torch.no_grad()
+    def place(self, vectors: torch.Tensor) -> None:
+        """Move the prototype of each class to a row of `vectors`, (C, d) float32 unit rows, in place and unchecked."""
+        self.prototypes.index_copy_(0, self.assignment, vectors)
+        if not self.config.own_prototypes:
+            self.config = replace(self.config, own_prototypes=True)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether a warm-up is under way: the class vectors of training still move."""
+        return self.placing or self.warmup_vectors is not None
+
     def save_pretrained(self, folder: str | os.PathLike, *, label_names: list[str] | None = None) -> None:
         """Write the head to a folder: see `timm_dl2pa.head_files.save_head`."""
         from .head_files import save_head
@@ -393,7 +408,8 @@ class DL2PAHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
-        return dict(self.__dict__, observer=None, mode_observer=None, feature_observer=None, warmup_vectors=None)
+        return dict(self.__dict__, observer=None, mode_observer=None, feature_observer=None, warmup_vectors=None,
+                    placing=False)
 
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.

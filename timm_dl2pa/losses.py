@@ -37,7 +37,7 @@ class _PrototypeLoss(nn.Module):
         return self._head[0]
 
     def _warming_up(self) -> bool:
-        return self.head.training and self.head.warmup_vectors is not None
+        return self.head.training and self.head.warming_up
 
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and

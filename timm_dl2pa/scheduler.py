@@ -1,4 +1,5 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
 from .background import Background
 from .class_means import ClassMeans, RunningClassMeans, directions_of
 from .head import heads_of
+from .placement import EVENNESS, PrototypePlacement, check_evenness
 from .schedule import Schedule
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
@@ -62,15 +64,19 @@ class AssignmentScheduler:
     batch is folded in. So none comes between training and validation, a checkpoint holds the assignment that its
     metric was measured with, and none comes after the last batch.
 
-    By default training begins with a warm-up: until the first re-solve the head's class vectors in training are not
-    prototypes but running means of each class's latest embeddings, seen from their common mean. They take no
-    parameters. That first re-solve rotates the whole prototype set, which leaves it as evenly spread, and matches, in
-    turns, until both fit the class means (`align_prototypes`). So the first assignment follows what the network sees,
-    not chance; later re-solves, which see embeddings that training has pulled to their prototypes, move little. The
-    rotated prototypes are written into the head's buffer. In evaluation the head always classifies by its prototypes,
-    as a checkpoint of that moment does: before the first re-solve that is no better than chance.
+    By default training begins with a warm-up, in which the prototypes are placed: from the evenly spread set on, each
+    class's prototype follows a running statistic of the embeddings, drawn to what tells its class apart and kept from
+    the others by the paper's energy, with the weight `evenness` (`PrototypePlacement`). That takes no parameters, and
+    its end is the last time that a prototype moves: from then on labels alone do. In few dimensions (d far below C)
+    exactly even spread costs much accuracy; about half of the training is a good length. At every moment the head, and
+    a checkpoint, has the prototypes that it is trained with.
 
-    `warmup=0` is the paper's rule: any assignment to begin with, which matching improves.
+    `evenness=math.inf` keeps the set exactly even. In its warm-up the head's class vectors in training are running
+    means of each class's latest embeddings, seen from their common mean. At its end the whole set is rotated, and
+    matched, in turns, until both fit the class means (`align_prototypes`). In evaluation the head classifies by its
+    prototypes, which before that is no better than chance. One epoch is enough.
+
+    `warmup=0` is the paper's rule: evenly spread prototypes, any assignment to begin with, which matching improves.
 
     The class means are running sums of unit embeddings; each re-solve multiplies what was summed by `momentum`. (The
     paper's moving average weighs the batches within an epoch instead. The sums do not depend on how samples fall into
@@ -97,11 +103,12 @@ class AssignmentScheduler:
         start: No re-solve falls due before so many batches (epochs, if `interval` counts those).
         stop: None falls due after so many batches (epochs); 0 keeps the assignment static. Default: never stops.
         momentum: Factor on the class sums after each re-solve, from 0 (what was before is forgotten) to 1.
-        warmup: Length of the warm-up in batches (epochs, if `interval` counts those), at least up to `start`; a
-            re-solve falls due at its end. Default: one interval, whole epochs rather than a few batches being what it
+        warmup: Length of the warm-up in batches (epochs, if `interval` counts those), at least up to `start`; its end
+            falls due as a re-solve does. Default: one interval, whole epochs rather than a few batches being what it
             takes. math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
-        min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves. The rotation at
-            the end of the warm-up is not held back.
+        evenness: How strongly the warm-up keeps prototypes apart, at least 0; math.inf: exactly evenly.
+        min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves. The warm-up and
+            its end are not held back.
         background: Solve in a thread, and take the answer later.
         lag: How many batches later.
 
@@ -125,6 +132,7 @@ class AssignmentScheduler:
             stop: int | None = None,
             momentum: float = 0.5,
             warmup: float | None = None,
+            evenness: float = EVENNESS,
             min_gain: float = 0.0,
             background: bool = False,
             lag: int = 16,
@@ -143,6 +151,7 @@ class AssignmentScheduler:
             warmup = schedule.stages[0][0]
         if not warmup >= 0:
             raise ValueError(f'warmup must be at least 0, not {warmup}.')
+        check_evenness(evenness)
         if not 0 <= min_gain < 1:
             raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
         if lag < 1:
@@ -162,6 +171,7 @@ class AssignmentScheduler:
         self.stop = stop
         self.momentum = momentum
         self.warmup = warmup
+        self.evenness = evenness
         self.min_gain = min_gain
         self.background = background
         self.lag = lag
@@ -175,12 +185,14 @@ class AssignmentScheduler:
         self._embeddings: torch.Tensor | None = None
         head.observer = self._observe
         self._running: RunningClassMeans | None = None
-        self._set_warmup(warmup > 0 and stop != 0)
+        self._placement: PrototypePlacement | None = None
+        on = warmup > 0 and stop != 0
+        self._set_warmup(running=on and evenness == math.inf, placement=on and evenness < math.inf)
 
     @property
     def warming_up(self) -> bool:
-        """Whether class means stand in for the prototypes."""
-        return self._running is not None
+        """Whether prototypes are being placed, or class means stand in for them."""
+        return self._running is not None or self._placement is not None
 
     def end_warmup(self) -> None:
         """Have the re-solve that ends the warm-up fall due now, whatever `warmup` says. Afterwards it does nothing."""
@@ -188,14 +200,17 @@ class AssignmentScheduler:
 
     def skip_warmup(self) -> None:
         """End the warm-up without a re-solve, and forget the class sums: the assignment in force is a good one."""
-        self._set_warmup(False)
+        self._set_warmup()
         self._due = False
         self._pending = self._prices = None
         self.class_means.reset()
 
-    def _set_warmup(self, on: bool) -> None:
-        head = self.heads[0]
-        self._running = RunningClassMeans(head.num_classes, head.dim, device=head.prototypes.device) if on else None
+    def _set_warmup(self, running: bool = False, placement: bool = False) -> None:
+        head, device = self.heads[0], self.heads[0].prototypes.device
+        self._running = RunningClassMeans(head.num_classes, head.dim, device=device) if running else None
+        self._placement = PrototypePlacement(head.num_classes, self.evenness, device=device) if placement else None
+        for head in self.heads:
+            head.placing = placement
         self._give_vectors()
 
     def _give_vectors(self) -> None:
@@ -238,6 +253,12 @@ class AssignmentScheduler:
         if self._running is not None:
             self._running.to(embeddings.device).add(embeddings, targets)
             self._give_vectors()
+        if self._placement is not None:
+            head = self.heads[0]
+            vectors = self._placement.to(embeddings.device).moved(
+                head.class_prototypes, embeddings, targets, head.current_scale().detach())
+            for head in self.heads:
+                head.place(vectors)
         self._embeddings = None
         self.steps += 1
         if self.schedule.unit == 'batches':
@@ -287,9 +308,10 @@ class AssignmentScheduler:
         began = time.perf_counter()
         self.merge()
         result, prototypes = self._on_rank_0(self._solve)
+        # While prototypes were placed they moved, and what was summed is of embeddings that followed them.
+        self.class_means.decay(0.0 if self._placement is not None else self.momentum)
         if self.warming_up:
-            self._set_warmup(False)
-        self.class_means.decay(self.momentum)
+            self._set_warmup()
         self._due = False
         return self._apply(result, prototypes, self.steps, self.epochs, time.perf_counter() - began)
 
@@ -368,9 +390,12 @@ class AssignmentScheduler:
         return result
 
     def _solve(self) -> tuple[AssignmentResult, torch.Tensor | None]:
-        """Return the assignment and, at the end of the warm-up, the rotated prototypes."""
+        """Return the assignment and, at the end of an even warm-up, the rotated prototypes."""
         self.class_means.check()
         head = self.heads[0]
+        if self._placement is not None:
+            objective = float((self.class_means.directions() * head.class_prototypes.cpu().double()).sum())
+            return AssignmentResult(head.assignment.cpu(), 0, objective, objective), None
         if self._running is None:
             return self._match(self.class_means.directions(), head.prototypes, self._in_force()), None
         means = self._running.directions()
@@ -386,8 +411,8 @@ class AssignmentScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
 
-        The assignment itself is in the model's state dict. In a distributed run each process has sums of its own: call
-        `merge()` on every process first, save rank 0's state, and load that on all.
+        Assignment and prototypes are in the model's state dict. In a distributed run each process has sums of its own:
+        call `merge()` on every process first, save rank 0's state, and load that on all.
         """
         history = [asdict(update) for update in self.history]
         return {
@@ -398,6 +423,7 @@ class AssignmentScheduler:
             'prices': None if self._prices is None else self._prices.clone(),
             'pending': self._pending and self._pending.state_dict(),
             'running': None if self._running is None else self._running.state_dict(),
+            'placement': None if self._placement is None else self._placement.state_dict(),
             **self.class_means.state_dict(),
         }
 
@@ -409,13 +435,16 @@ class AssignmentScheduler:
         """
         steps, epochs, due = state['steps'], state['epochs'], state['due']
         history = [AssignmentUpdate(**update) for update in state['history']]
-        running = state.get('running')  # states of version 0.1.0 have none, nor the next two
+        # States of version 0.1.0 have none of these.
+        running, placement = state.get('running'), state.get('placement')
         prices, pending = state.get('prices'), state.get('pending')
         if prices is not None and len(prices) != len(self.heads[0].prototypes):
             raise ValueError(f'the saved prices are of {len(prices)} prototypes, not '
                              f'{len(self.heads[0].prototypes)}: they are of another head.')
         self.class_means.load_state_dict(state)
-        self._set_warmup(running is not None)
+        self._set_warmup(running=running is not None, placement=placement is not None)
+        if placement is not None:
+            self._placement.load_state_dict(placement)
         if running is not None:
             self._running.load_state_dict(running)
             self._give_vectors()

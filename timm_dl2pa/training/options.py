@@ -1,9 +1,11 @@
 """The dl2pa_... options: one table for `create_model`, `--model-kwargs`, YAML files and `timm-dl2pa run`."""
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..head import NECKS
+from ..placement import EVENNESS, check_evenness
 
 __all__ = ['LOSSES', 'PREFIX', 'PluginOptions']
 
@@ -49,8 +51,12 @@ class PluginOptions:
     background: bool = _option(False, (bool,), 'solve beside the training, and take the answer some batches later '
                                                '(default: training waits)')
     lag: int = _option(16, (int,), 'how many batches later (default: 16)')
-    warmup_epochs: int = _option(1, (int,), "epochs trained towards running class means before the first assignment; 0 "
-                                            "is the paper's rule (default: 1)")
+    warmup_epochs: int | None = _option(None, (int,), "epochs during which the prototypes are placed, and after which "
+                                                      "labels alone move; 0 is the paper's rule (default: half of the "
+                                                      "script's epochs; 1 with evenness inf)")
+    evenness: float | str = _option(EVENNESS, (int, float, str), 'how strongly prototypes are kept apart while they '
+                                                                 'are placed, at least 0; inf: the evenly spread set '
+                                                                 f'is only rotated as a whole (default: {EVENNESS})')
     prime: int = _option(0, (int,), 'number of batches at the start that are not trained on, but set assignment and '
                                     'neck by a pretrained backbone; takes the place of the warm-up (default: 0)')
 
@@ -64,8 +70,14 @@ class PluginOptions:
                 raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
         if self.loss not in LOSSES:
             raise ValueError(f'{PREFIX}loss must be one of {", ".join(LOSSES)}, not {self.loss!r}.')
+        if isinstance(self.evenness, str):
+            # --model-kwargs knows no literal for infinity.
+            if self.evenness != 'inf':
+                raise ValueError(f"{PREFIX}evenness must be a number or 'inf', not {self.evenness!r}.")
+            object.__setattr__(self, 'evenness', math.inf)
+        check_evenness(self.evenness, f'{PREFIX}evenness')
         for name in ('warmup_epochs', 'prime'):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{PREFIX}{name} must be at least 0, not {getattr(self, name)}.')
         if self.loss in LOGIT_LOSSES and self.loss_weight is not None:
             raise ValueError(f'{PREFIX}loss_weight is for our losses: it has no meaning with '

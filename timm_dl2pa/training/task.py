@@ -57,8 +57,13 @@ class DL2PATask(TrainingTask):
             background=options.background,
             lag=options.lag,
             # Counted here: the interval may be in batches.
-            warmup=math.inf if options.warmup_epochs and not options.prime else 0,
+            warmup=0 if options.warmup_epochs == 0 or options.prime else math.inf,
+            evenness=options.evenness,
         )
+        # None until the script has told of its epochs.
+        self._warmup_epochs = options.warmup_epochs
+        if self._warmup_epochs is None and options.evenness == math.inf:
+            self._warmup_epochs = 1
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
         replaced = self._take_loss()
@@ -81,8 +86,8 @@ class DL2PATask(TrainingTask):
                 f'{head.num_classes} classes, loss {options.loss}{replaced}, '
                 + ('static assignment' if options.stop == 0 else f're-solved every {interval}{where}, exactly')
                 + (f', primed by the first {options.prime} batches' if options.prime else
-                   f', after a warm-up of {options.warmup_epochs} epochs' if self.assignment_scheduler.warming_up
-                   else ''))
+                   f', after a warm-up of {self._warmup_epochs or "half of the"} epochs'
+                   if self.assignment_scheduler.warming_up else ''))
 
     def _take_loss(self) -> str:
         """Put our loss in the criterion's place if it is asked for; return what to say of that."""
@@ -109,8 +114,6 @@ class DL2PATask(TrainingTask):
             return
         if training:
             self.assignment_scheduler.epoch_end()
-            if self.assignment_scheduler.epochs >= self.dl2pa_options.warmup_epochs:
-                self.assignment_scheduler.end_warmup()
             self._batches = self._updates = 0
         else:
             self.assignment_scheduler.merge()
@@ -126,6 +129,8 @@ class DL2PATask(TrainingTask):
                 return self._gather(input, target)
             self._prime()
         warming_up = self.assignment_scheduler.warming_up
+        if self.assignment_scheduler.epochs >= self._warmup_epochs:
+            self.assignment_scheduler.end_warmup()
         update = self.assignment_scheduler.resolve_if_due()
         if update is not None:
             self._rotated |= self.assignment_scheduler.warming_up != warming_up
@@ -160,28 +165,35 @@ class DL2PATask(TrainingTask):
             raise ValueError('the rows of the targets do not sum to one: they are multi-label targets, which have no '
                              'meaning for a DL2PA head. Leave the dl2pa options out.')
         if _distributed():
-            # Rank 0 alone has the checkpoint saver, and knows when checkpoints are due.
-            answer = [self._merge_interval]
+            # Rank 0 alone has the checkpoint saver, and knows the script's arguments.
+            answer = [self._merge_interval, self._warmup_epochs]
             dist.broadcast_object_list(answer, src=0)
-            self._merge_interval = answer[0]
+            self._merge_interval, self._warmup_epochs = answer
+        if self._warmup_epochs is None:
+            self._warmup_epochs = 1
         self._checked = True
 
     def saver_made(self, saver: Any) -> None:
-        """Learn from timm's CheckpointSaver where the run's files are, and after how many updates it saves."""
+        """Learn from timm's CheckpointSaver where the run's files are, how often it saves, and how long the run is."""
         self._record = Path(saver.checkpoint_dir) / RECORD_NAME
         script = saver.args
         if script is not None:
+            if self._warmup_epochs is None:
+                self._warmup_epochs = max(1, getattr(script, 'epochs', 1) // 2)
             # Without a validation split there is no switch to evaluation before a checkpoint.
             self._merge_interval = 1 if not getattr(script, 'val_split', True) else \
                 getattr(script, 'recovery_interval', None)
 
     def update_ema(self, step: int | None = None) -> None:
         super().update_ema(step=step)
-        if self._rotated and self.has_ema():
-            # A mean of prototypes before and after a rotation is on no sphere and fits neither's embeddings.
+        if (self._rotated or self.dl2pa_heads[0].placing) and self.has_ema():
+            # A mean of prototypes before and after they moved is on no sphere and fits neither's embeddings.
             averaged = heads_of(self.get_trainable_module(ema=True))
             for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
-                mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
+                if head.placing:
+                    mine.place(head.class_prototypes)
+                else:
+                    mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
         self._rotated = False
         self._updates += 1
         # Under gradient accumulation timm's count within an epoch may jump at its end: then every update.

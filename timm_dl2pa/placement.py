@@ -1,0 +1,116 @@
+"""Where each class's prototype goes while the network is young: drawn to what tells the class apart, kept apart by the
+paper's energy."""
+import math
+
+import torch
+import torch.distributed as dist
+
+from .class_means import shares_of
+from .prototypes.energy import UNIFORMITY
+
+__all__ = ['EVENNESS', 'PrototypePlacement']
+
+EVENNESS = 0.3
+# A class vector follows about its last 50 samples, as running class means do, by this much of the gradient.
+_MEMORY = 0.98
+_RATE = 1.5
+# Classes that the others are kept from at one step: all of them up to here, then one block after the other.
+_BLOCK = 4096
+
+
+class PrototypePlacement:
+    """Moves class vectors (C, d) along a running statistic of the embeddings; no parameters, no optimiser.
+
+    With unit embeddings z_i, (soft) targets y_ic, the class frequencies f_c seen so far, and the probabilities
+    pi_ic of `scale * <z_i, v_c> + log f_c`, a batch of B samples moves each unit class vector to
+
+        v_c <- (v_c + r g_c) / |v_c + r g_c|,    g_c = scale * C / B * sum_i (y_ic - pi_ic) z_i - C * evenness * dU/dv_c
+
+    where U is the paper's uniformity, the log of the mean of exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5),
+    and r = 1.5 * (1 - 0.98^(B / C)). The first term is the direction in which the cross-entropy of a classifier with
+    these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the second spreads
+    them. A step that is not finite leaves a vector where it is.
+
+    In a distributed run every process has the same vectors: the batches are added up.
+
+    Args:
+        num_classes: C.
+        evenness: Weight of the second term, at least 0 and finite. 0: nothing keeps prototypes apart but the classes.
+        device: Where the counts (C,) live, float32.
+    """
+
+    def __init__(self, num_classes: int, evenness: float = EVENNESS, device: torch.device | str | None = None):
+        self.num_classes = num_classes
+        self.evenness = evenness
+        self.counts = torch.zeros(num_classes, device=device)
+        self.steps = 0
+
+    def to(self, device: torch.device | str) -> 'PrototypePlacement':
+        """Move the counts, in place."""
+        self.counts = self.counts.to(device)
+        return self
+
+    @torch.no_grad()
+    def moved(
+            self,
+            vectors: torch.Tensor,
+            embeddings: torch.Tensor,
+            targets: torch.Tensor,
+            scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the class vectors after a batch, (C, d) float32 unit rows; never waits for the device.
+
+        Args:
+            vectors: (C, d) unit rows, float32.
+            embeddings: (B, d) unit rows.
+            targets: As for `ClassMeans.add`.
+            scale: (), the factor on the cosines in the logits.
+        """
+        embeddings = embeddings.float()
+        contrast, counts = torch.zeros_like(vectors), torch.zeros_like(self.counts)
+        weights = torch.zeros_like(embeddings[:, :1])
+        for labels, share in shares_of(targets, self.num_classes):
+            if share is None:
+                share = torch.ones_like(weights)
+            contrast.index_add_(0, labels, share * embeddings)
+            counts.index_add_(0, labels, share.squeeze(1))
+            weights += share
+        with torch.autocast(embeddings.device.type, enabled=False):
+            logits = scale * embeddings @ vectors.t() + (self.counts + 1).log()
+            contrast -= (weights * logits.softmax(dim=1)).t() @ embeddings
+            size = weights.sum()
+            if dist.is_available() and dist.is_initialized():
+                for summed in (contrast, counts, size):
+                    dist.all_reduce(summed)
+            self.counts += counts
+            rate = _RATE * (1 - _MEMORY ** (size / self.num_classes))
+            step = scale * self.num_classes / size * contrast - self.evenness * self._repulsion(vectors)
+            moved = torch.nn.functional.normalize(vectors + rate * step, dim=1)
+        self.steps += 1
+        return torch.where(moved.isfinite().all(dim=1, keepdim=True), moved, vectors)
+
+    def _repulsion(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return C times the gradient of the uniformity (C, d); for very many classes, its estimate from a block."""
+        count = len(vectors)
+        others = torch.arange(min(count, _BLOCK), device=vectors.device)
+        if count > _BLOCK:
+            others = (others + self.steps * _BLOCK) % count
+        chosen = vectors[others]
+        kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp()
+        kernel[others, torch.arange(len(others), device=vectors.device)] = 0.0
+        return 2 * UNIFORMITY * count / kernel.sum() * (kernel @ chosen)
+
+    def state_dict(self) -> dict[str, torch.Tensor | float]:
+        """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
+        return {'counts': self.counts.cpu().clone(), 'steps': self.steps, 'evenness': self.evenness}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor | float]) -> None:
+        """Take over a state; all processes load the same one."""
+        self.counts = state['counts'].to(self.counts.device, copy=True)
+        self.steps, self.evenness = state['steps'], state['evenness']
+
+
+def check_evenness(evenness: float, name: str = 'evenness') -> None:
+    """Raise a ValueError unless it is a number of at least 0; infinity is one."""
+    if not isinstance(evenness, (int, float)) or math.isnan(evenness) or evenness < 0:
+        raise ValueError(f'{name} must be at least 0 (math.inf: exactly even), not {evenness!r}.')
