@@ -241,10 +241,11 @@ class Run:
         if recipe.method == 'paper':
             self.rule = PaperRule(self.head, torch.Generator().manual_seed(recipe.seed))
         elif recipe.method == 'dl2pa':
-            # As in train.py: prototypes are placed during the first half.
-            options = {'warmup': max(1, recipe.epochs // 2), **recipe.dl2pa}
             self.scheduler = AssignmentScheduler(self.model, **{
-                name: math.inf if value == 'inf' else value for name, value in options.items()})
+                name: math.inf if value == 'inf' else value for name, value in recipe.dl2pa.items()})
+            if 'warmup' not in recipe.dl2pa and self.scheduler.evenness < math.inf:
+                # As with the plugin: prototypes are placed during the first half.
+                self.scheduler.warmup = max(1, recipe.epochs // 2)
         self.epoch = 0
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []

@@ -8,9 +8,8 @@ import torch.distributed as dist
 from .class_means import shares_of
 from .prototypes.energy import UNIFORMITY
 
-__all__ = ['EVENNESS', 'PrototypePlacement']
+__all__ = ['PrototypePlacement', 'default_evenness']
 
-EVENNESS = 0.3
 # A class vector follows about its last 50 samples, as running class means do, by this much of the gradient.
 _MEMORY = 0.98
 _RATE = 1.5
@@ -39,7 +38,7 @@ class PrototypePlacement:
         device: Where the counts (C,) live, float32.
     """
 
-    def __init__(self, num_classes: int, evenness: float = EVENNESS, device: torch.device | str | None = None):
+    def __init__(self, num_classes: int, evenness: float, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
         self.counts = torch.zeros(num_classes, device=device)
@@ -108,6 +107,16 @@ class PrototypePlacement:
         """Take over a state; all processes load the same one."""
         self.counts = state['counts'].to(self.counts.device, copy=True)
         self.steps, self.evenness = state['steps'], state['evenness']
+
+
+def default_evenness(num_classes: int, dim: int) -> float:
+    """Return how strongly prototypes are kept apart by default: 2 d / C.
+
+    The fewer dimensions there are to each class, the less even spread helps. Infinity, for exactly even spread, where
+    a simplex fits (d >= C - 1): it has the same angle between any two classes, so that no place is better for a class
+    than another, and trials found nothing that classifies as well (`benchmarks/results/accuracy_trials.md`).
+    """
+    return math.inf if dim >= num_classes - 1 else 2 * dim / num_classes
 
 
 def check_evenness(evenness: float, name: str = 'evenness') -> None:

@@ -15,7 +15,7 @@ from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
 from .background import Background
 from .class_means import ClassMeans, RunningClassMeans, directions_of
 from .head import heads_of
-from .placement import EVENNESS, PrototypePlacement, check_evenness
+from .placement import PrototypePlacement, check_evenness, default_evenness
 from .schedule import Schedule
 
 __all__ = ['AssignmentScheduler', 'AssignmentUpdate']
@@ -106,7 +106,8 @@ class AssignmentScheduler:
         warmup: Length of the warm-up in batches (epochs, if `interval` counts those), at least up to `start`; its end
             falls due as a re-solve does. Default: one interval, whole epochs rather than a few batches being what it
             takes. math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
-        evenness: How strongly the warm-up keeps prototypes apart, at least 0; math.inf: exactly evenly.
+        evenness: How strongly the warm-up keeps prototypes apart, at least 0; math.inf: exactly evenly. Default:
+            2 d / C, and math.inf where d >= C - 1 (`default_evenness`).
         min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves. The warm-up and
             its end are not held back.
         background: Solve in a thread, and take the answer later.
@@ -132,7 +133,7 @@ class AssignmentScheduler:
             stop: int | None = None,
             momentum: float = 0.5,
             warmup: float | None = None,
-            evenness: float = EVENNESS,
+            evenness: float | None = None,
             min_gain: float = 0.0,
             background: bool = False,
             lag: int = 16,
@@ -151,7 +152,8 @@ class AssignmentScheduler:
             warmup = schedule.stages[0][0]
         if not warmup >= 0:
             raise ValueError(f'warmup must be at least 0, not {warmup}.')
-        check_evenness(evenness)
+        if evenness is not None:
+            check_evenness(evenness)
         if not 0 <= min_gain < 1:
             raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
         if lag < 1:
@@ -161,7 +163,9 @@ class AssignmentScheduler:
             if other.num_classes != head.num_classes or not torch.equal(other.prototypes, head.prototypes):
                 raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                                  'share an assignment: make a scheduler for each head.')
-        if stop != 0 and warmup > 0 and head.num_classes * len(head.prototypes) > MAX_SCORES:
+        if evenness is None:
+            evenness = default_evenness(head.num_classes, head.dim)
+        if stop != 0 and warmup > 0 and evenness == math.inf and head.num_classes * len(head.prototypes) > MAX_SCORES:
             warnings.warn(f'{head.num_classes} classes are too many for the rotation at the end of the warm-up, which '
                           f'will raise. Leave the warm-up out (warmup=0), or keep the assignment static (stop=0).',
                           stacklevel=2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..head import NECKS
-from ..placement import EVENNESS, check_evenness
+from ..placement import check_evenness
 
 __all__ = ['LOSSES', 'PREFIX', 'PluginOptions']
 
@@ -51,12 +51,13 @@ class PluginOptions:
     background: bool = _option(False, (bool,), 'solve beside the training, and take the answer some batches later '
                                                '(default: training waits)')
     lag: int = _option(16, (int,), 'how many batches later (default: 16)')
-    warmup_epochs: int | None = _option(None, (int,), "epochs during which the prototypes are placed, and after which "
+    warmup_epochs: int | None = _option(None, (int,), "epochs in which the prototypes are placed, and after which "
                                                       "labels alone move; 0 is the paper's rule (default: half of the "
                                                       "script's epochs; 1 with evenness inf)")
-    evenness: float | str = _option(EVENNESS, (int, float, str), 'how strongly prototypes are kept apart while they '
-                                                                 'are placed, at least 0; inf: the evenly spread set '
-                                                                 f'is only rotated as a whole (default: {EVENNESS})')
+    evenness: float | str | None = _option(None, (int, float, str),
+                                           'how strongly prototypes are kept apart while they are placed, at least 0; '
+                                           'inf: the evenly spread set is only rotated as a whole (default: 2 d / C; '
+                                           'inf where d >= C - 1)')
     prime: int = _option(0, (int,), 'number of batches at the start that are not trained on, but set assignment and '
                                     'neck by a pretrained backbone; takes the place of the warm-up (default: 0)')
 
@@ -75,7 +76,8 @@ class PluginOptions:
             if self.evenness != 'inf':
                 raise ValueError(f"{PREFIX}evenness must be a number or 'inf', not {self.evenness!r}.")
             object.__setattr__(self, 'evenness', math.inf)
-        check_evenness(self.evenness, f'{PREFIX}evenness')
+        if self.evenness is not None:
+            check_evenness(self.evenness, f'{PREFIX}evenness')
         for name in ('warmup_epochs', 'prime'):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f'{PREFIX}{name} must be at least 0, not {getattr(self, name)}.')

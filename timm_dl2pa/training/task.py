@@ -62,7 +62,7 @@ class DL2PATask(TrainingTask):
         )
         # None until the script has told of its epochs.
         self._warmup_epochs = options.warmup_epochs
-        if self._warmup_epochs is None and options.evenness == math.inf:
+        if self._warmup_epochs is None and self.assignment_scheduler.evenness == math.inf:
             self._warmup_epochs = 1
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
