@@ -1,4 +1,5 @@
 """Two processes on the CPU: merged class means, one assignment, errors on all ranks."""
+import math
 import os
 import socket
 
@@ -55,6 +56,7 @@ def in_process(rank, port, folder, train_output, options):
             dist.broadcast_object_list(state, src=0)
             scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, **options)
             scheduler.load_state_dict(state[0])
+    prototypes = head.prototypes.clone()
     error = None
     try:
         for _ in range(3):
@@ -68,7 +70,7 @@ def in_process(rank, port, folder, train_output, options):
     # Parts of unequal length: the second has fewer batches.
     prime(model, [part_of(rank, step, *batch(step)) for step in range(4 - rank)], scheduler, progress=False)
     primed = head.assignment.tolist(), head.neck.weight.detach()
-    torch.save((history, error, kept, primed), f'{folder}/{rank}.pt')
+    torch.save((history, prototypes, error, kept, primed), f'{folder}/{rank}.pt')
     dist.barrier()
     # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
     os._exit(0)
@@ -76,8 +78,8 @@ def in_process(rank, port, folder, train_output, options):
 
 # In the background: rank 0 saves while a solve is pending.
 @pytest.mark.parametrize('train_output, options, solves', [
-    ('logits', dict(warmup=0), 3), ('embeddings', dict(warmup=0), 3), ('logits', dict(warmup=4), 2),
-    ('logits', dict(warmup=0, background=True, lag=2), 2)])
+    ('logits', dict(warmup=0), 3), ('embeddings', dict(warmup=0), 3), ('logits', dict(warmup=4, evenness=0.3), 2),
+    ('logits', dict(warmup=4, evenness=math.inf), 2), ('logits', dict(warmup=0, background=True, lag=2), 2)])
 def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -94,10 +96,14 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
         update = scheduler.step(torch.cat([labels for _, labels in parts]))
         if update:
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
-    assert len(expected) == solves and expected[0][1] > 0
+    assert len(expected) == solves and any(moved for _, moved, _, _ in expected)
+    prototypes = head.prototypes.clone()
+    assert torch.equal(prototypes, new_head(train_output).prototypes) == (options['warmup'] == 0)
     parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
     prime(head, parts, scheduler, progress=False)
-    for history, error, kept, (assignment, weight) in answers:
+    assert torch.equal(answers[0][1], answers[1][1])
+    for history, shared, error, kept, (assignment, weight) in answers:
+        assert torch.allclose(shared, prototypes, atol=1e-5)
         assert assignment == head.assignment.tolist() and torch.allclose(weight, head.neck.weight, atol=1e-4)
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)

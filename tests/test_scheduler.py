@@ -264,10 +264,12 @@ def test_model_without_head():
 def test_warns_where_a_resolve_cannot_work(make_head):
     head = make_head(num_classes=50_000, dim=2, prototypes=nn.functional.normalize(torch.randn(50_000, 2)))
     with pytest.warns(UserWarning, match='stop=0'):
-        AssignmentScheduler(head)
+        AssignmentScheduler(head, evenness=math.inf)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        paper_rule(head)    # without the rotation there is no limit
+        # Without the rotation there is no limit.
+        AssignmentScheduler(head)
+        paper_rule(head)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
