@@ -112,9 +112,10 @@ class PrototypePlacement:
 def default_evenness(num_classes: int, dim: int) -> float:
     """Return how strongly prototypes are kept apart by default: (2 d / C)^2.
 
-    Fitted in trials: the fewer dimensions there are to each class, the less even spread helps. Infinity, for exactly even spread, where
-    a simplex fits (d >= C - 1): it has the same angle between any two classes, so that no place is better for a class
-    than another, and trials found nothing that classifies as well (`benchmarks/results/accuracy_trials.md`).
+    Fitted in trials (`benchmarks/results/accuracy_trials.md`): the fewer dimensions there are to each class, the less
+    even spread helps. Infinity, for exactly even spread, where a simplex fits (d >= C - 1): it has the same angle
+    between any two classes, so that no place is better for a class than another, and nothing that was tried classifies
+    as well.
     """
     return math.inf if dim >= num_classes - 1 else (2 * dim / num_classes) ** 2
 
