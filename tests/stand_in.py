@@ -86,7 +86,8 @@ def train(
         task.prepare_distributed(device_ids=[DEVICE], broadcast_buffers=broadcast_buffers)
     saver = None
     if rank == 0:
-        args = Namespace(model='test', recovery_interval=recovery_interval, val_split='validation' if validate else '')
+        args = Namespace(model='test', epochs=epochs, recovery_interval=recovery_interval,
+                         val_split='validation' if validate else '')
         Path(folder).mkdir(exist_ok=True)
         saver = utils.CheckpointSaver(task.get_trainable_module(), optimizer, args, checkpoint_dir=str(folder),
                                       recovery_dir=str(folder), task=task)

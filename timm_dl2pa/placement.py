@@ -13,8 +13,10 @@ __all__ = ['PrototypePlacement', 'default_evenness']
 # A class vector follows about its last 50 samples, as running class means do, by this much of the gradient.
 _MEMORY = 0.98
 _RATE = 1.5
+# Samples per class of one batch, at most: larger steps overshoot, where classes are few.
+_LARGEST = 2.0
 # Classes that the others are kept from at one step: all of them up to here, then one block after the other.
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 class PrototypePlacement:
@@ -26,9 +28,9 @@ class PrototypePlacement:
         v_c <- (v_c + r g_c) / |v_c + r g_c|,    g_c = scale * C / B * sum_i (y_ic - pi_ic) z_i - C * evenness * dU/dv_c
 
     where U is the paper's uniformity, the log of the mean of exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5),
-    and r = 1.5 * (1 - 0.98^(B / C)). The first term is the direction in which the cross-entropy of a classifier with
-    these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the second spreads
-    them. A step that is not finite leaves a vector where it is.
+    and r = 1.5 * (1 - 0.98^min(B / C, 2)). The first term is the direction in which the cross-entropy of a classifier
+    with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the second
+    spreads them. A step that is not finite leaves a vector where it is.
 
     In a distributed run every process has the same vectors: the batches are added up.
 
@@ -82,7 +84,7 @@ class PrototypePlacement:
                 for summed in (contrast, counts, size):
                     dist.all_reduce(summed)
             self.counts += counts
-            rate = _RATE * (1 - _MEMORY ** (size / self.num_classes))
+            rate = _RATE * (1 - _MEMORY ** (size / self.num_classes).clamp(max=_LARGEST))
             step = scale * self.num_classes / size * contrast - self.evenness * self._repulsion(vectors)
             moved = torch.nn.functional.normalize(vectors + rate * step, dim=1)
         self.steps += 1

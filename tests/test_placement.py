@@ -1,0 +1,149 @@
+"""Prototypes that are placed during the warm-up: the step, its end, the defaults, the plugin."""
+import math
+
+import pytest
+import torch
+from stand_in import BATCHES, train
+
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, placement
+from timm_dl2pa.placement import PrototypePlacement, default_evenness
+from timm_dl2pa.training import plugged_in
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def plugin():
+    with plugged_in():
+        yield
+
+
+@pytest.mark.parametrize('soft', [False, True])
+@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.7, 5.0), (0.7, 20.0)])
+@pytest.mark.parametrize('rows', [10, 40])
+def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evenness, scale, rows):
+    """Against autograd, over two steps: the second allows for the class frequencies of the first."""
+    classes, dim, scale = 6, 4, torch.tensor(scale)
+    ours = PrototypePlacement(classes, evenness)
+    vectors, counts = unit(classes, dim), torch.ones(classes)
+    for _ in range(2):
+        embeddings, labels = unit(rows, dim), torch.randint(0, 3, (rows,))
+        one_hot = torch.nn.functional.one_hot(labels, classes).float()
+        targets = 0.7 * one_hot + 0.3 * one_hot.flip(0) if soft else labels    # mixup's
+        leaf = vectors.clone().requires_grad_()
+        cross_entropy = torch.nn.functional.cross_entropy(scale * embeddings @ leaf.t() + counts.log(), targets)
+        pairs = torch.triu_indices(classes, classes, 1)
+        energy = (4 * ((leaf[pairs[0]] * leaf[pairs[1]]).sum(1) - 1)).exp().mean().log()
+        (classes * (cross_entropy + evenness * energy)).backward()
+        rate = 1.5 * (1 - 0.98 ** min(rows / classes, 2))
+        expected = torch.nn.functional.normalize(vectors - rate * leaf.grad, dim=1)
+        moved = ours.moved(vectors, embeddings, targets, scale)
+        assert torch.allclose(moved, expected, atol=1e-5) and not torch.allclose(moved, vectors, atol=1e-3)
+        counts += targets.sum(0) if soft else one_hot.sum(0)
+        vectors = moved
+
+
+def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
+    vectors = unit(240, 3)
+    ours = PrototypePlacement(240, 1.0)
+    whole = ours._repulsion(vectors)
+    monkeypatch.setattr(placement, '_BLOCK', 80)
+    parts = []
+    for ours.steps in range(4):
+        parts.append(ours._repulsion(vectors))
+    assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
+    mean = sum(parts[:3]) / 3
+    assert (mean - whole).norm() < 0.1 * whole.norm() < (parts[0] - whole).norm()
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    ours, vectors, labels = PrototypePlacement(6, 0.3), unit(6, 4), torch.tensor([0, 1])
+    embeddings = unit(2, 4)
+    embeddings[1] = float('nan')
+    assert torch.equal(ours.moved(vectors, embeddings, labels, torch.tensor(5.0)), vectors)
+    assert not torch.equal(ours.moved(vectors, embeddings[:1], labels[:1], torch.tensor(5.0)), vectors)
+
+
+def test_by_default_the_fewer_dimensions_the_less_even():
+    assert default_evenness(100, 10) == pytest.approx(0.04) and default_evenness(100, 50) == pytest.approx(1)
+    assert default_evenness(100, 99) == math.inf > default_evenness(100, 98)
+    assert AssignmentScheduler(DL2PAHead(8, 7, 5)).evenness == default_evenness(7, 5)
+    assert AssignmentScheduler(DL2PAHead(8, 7, 5), evenness=0).evenness == 0
+
+
+def test_prototypes_move_until_the_warmup_ends_and_never_again():
+    head = DL2PAHead(8, 7, 3, num_prototypes=9)
+    head.assign(torch.tensor([8, 1, 2, 3, 4, 5, 0]))
+    scheduler = AssignmentScheduler(head, interval=3)
+    seen = [head.prototypes.clone()]
+    for step in range(9):
+        labels = torch.randint(0, 7, (20,))
+        features = 3 * torch.eye(8)[labels] + torch.randn(20, 8)
+        logits = head(features)
+        # What is trained with is what is saved and evaluated with.
+        expected = head.current_scale() * head.embed(features) @ head.class_prototypes.t()
+        assert torch.allclose(logits, expected, atol=1e-4)
+        update = scheduler.step(labels)
+        assert (update is not None) == (step in (3, 6))
+        seen.append(head.prototypes.clone())
+        if step == 3:
+            assert update.moved == 0 and update.objective == update.objective_before
+            # Nothing is left of embeddings that followed moving prototypes.
+            sums = torch.zeros(7, 3, dtype=torch.float64).index_add_(0, labels, head.embed(features).detach().double())
+            assert torch.allclose(scheduler.class_means.sums.double(), sums, atol=1e-5)
+        assert head.placing == scheduler.warming_up == (step < 3)
+    assert all(not torch.equal(seen[step], seen[step + 1]) for step in range(3))
+    assert all(torch.equal(seen[3], later) for later in seen[4:])
+    assert torch.allclose(head.prototypes.norm(dim=1), torch.ones(9))
+    assert torch.equal(head.prototypes[6:8], seen[0][6:8])   # prototypes of no class
+    # Its prototypes cannot be made again from the seed: a copy's config must say so.
+    assert head.config.own_prototypes
+
+
+def test_placed_prototypes_fit_the_embeddings_better_than_rotated_ones():
+    """Three classes on one side of a circle, one on the other: four even points, 90 degrees apart, fit them nowhere."""
+    angles = torch.tensor([-40.0, 0.0, 40.0, 180.0]).deg2rad()
+    directions = torch.stack([angles.cos(), angles.sin()], dim=1)
+    right = []
+    for evenness in (0.0, math.inf):
+        head = DL2PAHead(2, 4, 2, neck='none', scale=10.0)
+        scheduler = AssignmentScheduler(head, interval=200, evenness=evenness)
+        for _ in range(201):
+            labels = torch.randint(0, 4, (64,))
+            head(directions[labels])
+            scheduler.step(labels)
+        right.append(int((head.eval()(directions).argmax(1) == torch.arange(4)).sum()))
+    assert right[0] == 4 > right[1]
+
+
+@pytest.mark.timm
+def test_the_plugin_places_for_half_of_the_scripts_epochs(plugin, tmp_path):
+    task = train(tmp_path, epochs=5, dl2pa_dim=3)
+    assert [(update.step, update.epoch) for update in task.assignment_scheduler.history] == [
+        (2 * BATCHES, 2), (3 * BATCHES, 3), (4 * BATCHES, 4)]
+    one = train(tmp_path / 'inf', epochs=5, dl2pa_dim=3, dl2pa_evenness='inf')
+    assert one.assignment_scheduler.history[0].epoch == 1 and one.assignment_scheduler.evenness == math.inf
+    assert train(tmp_path / 'own', epochs=3, dl2pa_dim=3, dl2pa_evenness=0.3).assignment_scheduler.evenness == 0.3
+
+
+@pytest.mark.timm
+def test_an_average_of_the_model_has_the_prototypes_of_the_moment(plugin, tmp_path):
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_warmup_epochs=9, ema=True)
+    head = task.dl2pa_heads[0]
+    averaged = task.get_trainable_module(ema=True).module.get_classifier()
+    assert head.placing and torch.equal(averaged.prototypes, head.prototypes)
+    assert not torch.equal(averaged.neck[0].weight, head.neck[0].weight)
+
+
+@pytest.mark.timm
+@pytest.mark.parametrize('value', ['even', -1, float('nan'), True])
+def test_bad_values_of_the_option(plugin, tmp_path, value):
+    with pytest.raises(ValueError, match='dl2pa_evenness must be'):
+        train(tmp_path, dl2pa_dim=3, dl2pa_evenness=value)
