@@ -16,7 +16,7 @@ _RATE = 1.5
 # Samples per class of one batch, at most: larger steps overshoot, where classes are few.
 _LARGEST = 2.0
 # Classes that the others are kept from at one step: all of them up to here, then one block after the other.
-_BLOCK = 1024
+_BLOCK = 128
 
 
 class PrototypePlacement:
