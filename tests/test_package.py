@@ -98,5 +98,5 @@ def test_readmes_python_runs(monkeypatch, tmp_path, hub):  # noqa: F811
     assert len(blocks) >= 2
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), names)
-    assert names['scheduler'].steps == 3
+    assert names['scheduler'].steps == 30 and not names['scheduler'].warming_up
     assert sorted(hub.repositories) == ['me/cifar100-dl2pa-128', 'me/resnet50-dl2pa', 'me/resnet50-plain']
