@@ -48,6 +48,7 @@ def train(
         make_task=ClassificationTask,
         criterion=None,
         epochs=3,
+        stop_after=None,
         resume='',
         recovery_interval=0,
         validate=True,
@@ -65,7 +66,10 @@ def train(
         broadcast_buffers=True,
         **model_kwargs,
 ):
-    """Train and return the task, with the losses of all batches; `die_after` updates it raises Killed."""
+    """Train and return the task, with the losses of all batches; `die_after` updates it raises Killed.
+
+    `stop_after` so many epochs it ends, of the `epochs` that the script was asked for.
+    """
     distributed = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     model = make_model(**model_kwargs) if model is None else model
@@ -92,7 +96,7 @@ def train(
         saver = utils.CheckpointSaver(task.get_trainable_module(), optimizer, args, checkpoint_dir=str(folder),
                                       recovery_dir=str(folder), task=task)
     task.losses, updates, header = [], first_epoch * (BATCHES // accumulate), not resume
-    for epoch in range(first_epoch, epochs):
+    for epoch in range(first_epoch, stop_after or epochs):
         task.get_trainable_module().train()
         for index, (images, labels) in enumerate(batches(epoch, size, rank, world_size)):
             images = images.to(dtype=dtype)

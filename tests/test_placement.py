@@ -53,6 +53,7 @@ def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evennes
 def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
     vectors = unit(240, 3)
     ours = PrototypePlacement(240, 1.0)
+    monkeypatch.setattr(placement, '_BLOCK', 240)
     whole = ours._repulsion(vectors)
     monkeypatch.setattr(placement, '_BLOCK', 80)
     parts = []
@@ -60,7 +61,7 @@ def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
         parts.append(ours._repulsion(vectors))
     assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
     mean = sum(parts[:3]) / 3
-    assert (mean - whole).norm() < 0.1 * whole.norm() < (parts[0] - whole).norm()
+    assert (mean - whole).norm() < 0.2 * whole.norm() < (parts[0] - whole).norm()
 
 
 def test_a_step_that_is_not_finite_moves_nothing():

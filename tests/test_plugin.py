@@ -433,7 +433,7 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
     options = dict(dl2pa_dim=3, ema=True, **{f'dl2pa_{name}': value for name, value in how.items()})
     train(tmp_path / 'unbroken', epochs=4, **options)
-    train(tmp_path / 'broken', epochs=stopped_after, **options)
+    train(tmp_path / 'broken', epochs=4, stop_after=stopped_after, **options)
     train(tmp_path / 'broken', epochs=4, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
     assert same_checkpoints(tmp_path / 'broken' / 'last.pth.tar', tmp_path / 'unbroken' / 'last.pth.tar')
     seconds = dict(seconds=None)
