@@ -79,10 +79,10 @@ class PrototypePlacement:
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = scale * embeddings @ vectors.t() + (self.counts + 1).log()
             contrast -= (weights * logits.softmax(dim=1)).t() @ embeddings
-            size = weights.sum()
             if dist.is_available() and dist.is_initialized():
-                for summed in (contrast, counts, size):
+                for summed in (contrast, counts):
                     dist.all_reduce(summed)
+            size = counts.sum()
             self.counts += counts
             rate = _RATE * (1 - _MEMORY ** (size / self.num_classes).clamp(max=_LARGEST))
             step = scale * self.num_classes / size * contrast - self.evenness * self._repulsion(vectors)
