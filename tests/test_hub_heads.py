@@ -87,7 +87,7 @@ def test_a_failed_save_leaves_the_old_files(one, tmp_path, monkeypatch):
     one.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = DL2PAHead(7, 6, 5, neck='linear_bn')
-    with pytest.raises(ValueError, match='label_names must be 6 strings'):
+    with pytest.raises(ValueError, match='label_names must be 6 names, one a class, not 1'):
         other.save_pretrained(tmp_path, label_names=['a'])
     with torch.no_grad():
         other.neck[0].weight[0, 0] = float('nan')

@@ -47,8 +47,7 @@ def head_files(head: DL2PAHead, label_names: list[str] | None = None) -> dict[st
                          'are part of the model: save the whole model.')
     if label_names is not None:
         label_names = list(label_names)
-        if len(label_names) != head.num_classes or not all(isinstance(name, str) for name in label_names):
-            raise ValueError(f'label_names must be {head.num_classes} strings, one a class, not {len(label_names)}.')
+    check_label_names(label_names, head.num_classes, 'label_names')
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
     check_finite(tensors, 'the head')
     from . import __version__
