@@ -69,7 +69,7 @@ def in_process(rank, port, folder, train_output, options):
     kept = head.assignment.tolist() == before or len(scheduler.history) > taken
     # Parts of unequal length: the second has fewer batches.
     prime(model, [part_of(rank, step, *batch(step)) for step in range(4 - rank)], scheduler, progress=False)
-    primed = head.assignment.tolist(), head.neck.weight.detach()
+    primed = head.eval()(batch(0)[0]).detach()
     torch.save((history, prototypes, error, kept, primed), f'{folder}/{rank}.pt')
     dist.barrier()
     # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
@@ -102,11 +102,11 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
     parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
     prime(head, parts, scheduler, progress=False)
     assert torch.equal(answers[0][1], answers[1][1])
-    for history, shared, error, kept, (assignment, weight) in answers:
+    expected_logits = head.eval()(batch(0)[0])
+    for history, shared, error, kept, primed in answers:
         assert torch.allclose(shared, prototypes, atol=1e-5)
-        assert assignment == head.assignment.tolist()
-        # Placed prototypes can be turned in several ways that fit equally well: rounding decides.
-        assert options.get('evenness') == 0.3 or torch.allclose(weight, head.neck.weight, atol=1e-4)
+        # Prototypes can be turned in several ways that fit equally well: rounding decides. They classify alike.
+        assert torch.allclose(primed, expected_logits, atol=1e-3)
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
         assert 'class 17' in error and kept

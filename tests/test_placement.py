@@ -54,11 +54,11 @@ def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
     vectors = unit(240, 3)
     ours = PrototypePlacement(240, 1.0)
     monkeypatch.setattr(placement, '_BLOCK', 240)
-    whole = ours._repulsion(vectors)
+    whole = torch.mm(*ours._repulsion(vectors))
     monkeypatch.setattr(placement, '_BLOCK', 80)
     parts = []
     for ours.steps in range(4):
-        parts.append(ours._repulsion(vectors))
+        parts.append(torch.mm(*ours._repulsion(vectors)))
     assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
     mean = sum(parts[:3]) / 3
     assert (mean - whole).norm() < 0.2 * whole.norm() < (parts[0] - whole).norm()

@@ -68,38 +68,43 @@ class PrototypePlacement:
             scale: (), the factor on the cosines in the logits.
         """
         embeddings = embeddings.float()
-        contrast, counts = torch.zeros_like(vectors), torch.zeros_like(self.counts)
-        weights = torch.zeros_like(embeddings[:, :1])
+        counts, weights = torch.zeros_like(self.counts), torch.zeros_like(embeddings[:, :1])
+        shares = []
         for labels, share in shares_of(targets, self.num_classes):
             if share is None:
                 share = torch.ones_like(weights)
-            contrast.index_add_(0, labels, share * embeddings)
             counts.index_add_(0, labels, share.squeeze(1))
             weights += share
+            shares.append((labels, share))
+        # Factors go onto the few embeddings and the block, so that few passes over (C, d) are left.
         with torch.autocast(embeddings.device.type, enabled=False):
-            logits = scale * embeddings @ vectors.t() + (self.counts + 1).log()
-            contrast -= (weights * logits.softmax(dim=1)).t() @ embeddings
-            if dist.is_available() and dist.is_initialized():
-                for summed in (contrast, counts):
-                    dist.all_reduce(summed)
-            size = counts.sum()
+            probabilities = (scale * embeddings @ vectors.t() + (self.counts + 1).log()).softmax(dim=1)
+            _add_up(counts)
             self.counts += counts
+            size = counts.sum()
             rate = _RATE * (1 - _MEMORY ** (size / self.num_classes).clamp(max=_LARGEST))
-            step = scale * self.num_classes / size * contrast - self.evenness * self._repulsion(vectors)
-            moved = torch.nn.functional.normalize(vectors + rate * step, dim=1)
+            pull = rate * scale * self.num_classes / size * embeddings
+            step = (weights * probabilities).t() @ -pull
+            for labels, share in shares:
+                step.index_add_(0, labels, share * pull)
+            _add_up(step)
+            kernel, chosen = self._repulsion(vectors)
+            step.addmm_(kernel, -rate * self.evenness * chosen).add_(vectors)
+            length = step.norm(dim=1, keepdim=True)
         self.steps += 1
-        return torch.where(moved.isfinite().all(dim=1, keepdim=True), moved, vectors)
+        return torch.where(length.isfinite(), step.div_(length), vectors)
 
-    def _repulsion(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Return C times the gradient of the uniformity (C, d); for very many classes, its estimate from a block."""
+    def _repulsion(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors, (C, n) and (n, d), of C times the gradient of the uniformity; for very many classes, of its
+        estimate from a block."""
         count = len(vectors)
         others = torch.arange(min(count, _BLOCK), device=vectors.device)
         if count > _BLOCK:
             others = (others + self.steps * _BLOCK) % count
         chosen = vectors[others]
-        kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp()
+        kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp_()
         kernel[others, torch.arange(len(others), device=vectors.device)] = 0.0
-        return 2 * UNIFORMITY * count / kernel.sum() * (kernel @ chosen)
+        return kernel, 2 * UNIFORMITY * count / kernel.sum() * chosen
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
         """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
@@ -126,3 +131,9 @@ def check_evenness(evenness: float, name: str = 'evenness') -> None:
     """Raise a ValueError unless it is a number of at least 0; infinity is one."""
     if not isinstance(evenness, (int, float)) or math.isnan(evenness) or evenness < 0:
         raise ValueError(f'{name} must be at least 0 (math.inf: exactly even), not {evenness!r}.')
+
+
+def _add_up(summand: torch.Tensor) -> None:
+    """In a distributed run, add up what the processes have, in place."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(summand)
