@@ -10,11 +10,12 @@ from .prototypes.energy import UNIFORMITY
 
 __all__ = ['PrototypePlacement', 'default_evenness']
 
-# A class vector follows about its last 50 samples, as running class means do, by this much of the gradient.
-_MEMORY = 0.98
-_RATE = 1.5
-# Samples per class of one batch, at most: larger steps overshoot, where classes are few.
-_LARGEST = 2.0
+# A class vector follows about its class's last samples: a ninth of those seen so far, and 5.5. So it moves fast while
+# the network is young, and by the warm-up's end noise has been averaged away.
+_MEMORY = 5.5
+_MEMORY_SHARE = 1 / 9
+# Samples per class that one batch counts for, at most: faster starts overshoot, where classes are few.
+_LARGEST = 0.5
 # Classes that the others are kept from at one step: all of them up to here, then one block after the other.
 _BLOCK = 128
 
@@ -28,9 +29,9 @@ class PrototypePlacement:
         v_c <- (v_c + r g_c) / |v_c + r g_c|,    g_c = scale * C / B * sum_i (y_ic - pi_ic) z_i - C * evenness * dU/dv_c
 
     where U is the paper's uniformity, the log of the mean of exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5),
-    and r = 1.5 * (1 - 0.98^min(B / C, 2)). The first term is the direction in which the cross-entropy of a classifier
-    with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the second
-    spreads them. A step that is not finite leaves a vector where it is.
+    and r = b / (5.5 + n / 9), with b = min(B / C, 0.5) and n the sum of the b before. The first term is the direction
+    in which the cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et
+    al. 2021, logit adjustment); the second spreads them. A step that is not finite leaves a vector where it is.
 
     In a distributed run every process has the same vectors: the batches are added up.
 
@@ -44,11 +45,12 @@ class PrototypePlacement:
         self.num_classes = num_classes
         self.evenness = evenness
         self.counts = torch.zeros(num_classes, device=device)
+        self.seen = torch.zeros((), device=device)
         self.steps = 0
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
         """Move the counts, in place."""
-        self.counts = self.counts.to(device)
+        self.counts, self.seen = self.counts.to(device), self.seen.to(device)
         return self
 
     @torch.no_grad()
@@ -82,7 +84,9 @@ class PrototypePlacement:
             _add_up(counts)
             self.counts += counts
             size = counts.sum()
-            rate = _RATE * (1 - _MEMORY ** (size / self.num_classes).clamp(max=_LARGEST))
+            samples = (size / self.num_classes).clamp(max=_LARGEST)
+            rate = samples / (_MEMORY + _MEMORY_SHARE * self.seen)
+            self.seen += samples
             pull = rate * scale * self.num_classes / size * embeddings
             step = (weights * probabilities).t() @ -pull
             for labels, share in shares:
@@ -108,11 +112,13 @@ class PrototypePlacement:
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
         """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
-        return {'counts': self.counts.cpu().clone(), 'steps': self.steps, 'evenness': self.evenness}
+        return {'counts': self.counts.cpu().clone(), 'seen': float(self.seen), 'steps': self.steps,
+                'evenness': self.evenness}
 
     def load_state_dict(self, state: dict[str, torch.Tensor | float]) -> None:
         """Take over a state; all processes load the same one."""
         self.counts = state['counts'].to(self.counts.device, copy=True)
+        self.seen = torch.full_like(self.seen, state['seen'])
         self.steps, self.evenness = state['steps'], state['evenness']
 
 
