@@ -127,8 +127,7 @@ def default_evenness(num_classes: int, dim: int) -> float:
 
     Fitted in trials (`benchmarks/results/accuracy_trials.md`): the fewer dimensions there are to each class, the less
     even spread helps. Infinity, for exactly even spread, where a simplex fits (d >= C - 1): it has the same angle
-    between any two classes, so that no place is better for a class than another, and nothing that was tried classifies
-    as well.
+    between any two classes, so that no place is better for a class than another, and placing gains nothing to speak of.
     """
     return math.inf if dim >= num_classes - 1 else (2 * dim / num_classes) ** 2
 
