@@ -549,11 +549,11 @@ def in_process(rank, port, folder):
     answers = {}
     with plugged_in():
         for name, options in (
-                ('epoch', dict(dl2pa_loss='squared_cosine')),
+                ('epoch', dict(dl2pa_loss='squared_cosine', dl2pa_evenness='inf')),
                 ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
                 ('paper', dict(dl2pa_warmup_epochs=0)),
                 ('primed', dict(dl2pa_prime=2)),
-                ('no validation', dict(validate=False)),
+                ('no validation', dict(validate=False, dl2pa_evenness='inf')),
                 ('batch norm', dict(name='test_resnet', img_size=None, dl2pa_neck='linear_bn', lr=0.05)),
         ):
             task = train(f'{folder}/{name}', **{**DISTRIBUTED, **options})
@@ -568,7 +568,7 @@ def in_process(rank, port, folder):
         if rank == 0:
             answers['recovery'] = load(f'{folder}/killed/recovery-1-1.pth.tar')['task_state']['dl2pa']['scheduler']
         task = train(f'{folder}/resumed', resume=f'{folder}/epoch/checkpoint-1.pth.tar', dl2pa_loss='squared_cosine',
-                     **DISTRIBUTED)
+                     dl2pa_evenness='inf', **DISTRIBUTED)
         answers['resumed'] = task.dl2pa_heads[0].assignment.tolist()
 
         # An error where the solving is done ends all processes with that error.
@@ -594,18 +594,23 @@ def test_two_processes(tmp_path):
         assert first[name] == second[name]
 
     # One process with the same samples comes to the same assignments, and sums up the same class means.
-    for name, options in (('epoch', dict(dl2pa_loss='squared_cosine')), ('batches', dict(dl2pa_interval=3)),
-                          ('paper', dict(dl2pa_warmup_epochs=0)), ('primed', dict(dl2pa_prime=2)),
-                          ('no validation', dict(validate=False))):
+    for name, options in (('epoch', dict(dl2pa_loss='squared_cosine', dl2pa_evenness='inf')),
+                          ('batches', dict(dl2pa_interval=3)), ('paper', dict(dl2pa_warmup_epochs=0)),
+                          ('primed', dict(dl2pa_prime=2)),
+                          ('no validation', dict(validate=False, dl2pa_evenness='inf'))):
         task = train(tmp_path / f'alone {name}', **{**DISTRIBUTED, **options})
         history = [(update.step, update.moved) for update in task.assignment_scheduler.history]
         assert first[name] == (task.dl2pa_heads[0].assignment.tolist(), history)
         if name == 'primed':
             assert first[name][0] != list(range(CLASSES))
-        else:
+        elif name != 'batches':
             assert any(moved for _, moved in history)
-        alone, together = (load(tmp_path / folder / 'last.pth.tar')['task_state']['dl2pa']['scheduler']
-                           for folder in (f'alone {name}', name))
+        saved = [load(tmp_path / folder / 'last.pth.tar') for folder in (f'alone {name}', name)]
+        if name == 'batches':  # placed: labels need not move then
+            alone, together = (checkpoint['state_dict']['head.prototypes'] for checkpoint in saved)
+            even = make_model(dl2pa_dim=3).get_classifier().prototypes
+            assert torch.allclose(alone, together, atol=1e-4) and not torch.allclose(alone, even, atol=0.1)
+        alone, together = (checkpoint['task_state']['dl2pa']['scheduler'] for checkpoint in saved)
         assert torch.allclose(alone['sums'], together['sums'], atol=1e-4) and alone['sums'].abs().sum() > 1
     assert first['resumed'] == first['epoch'][0]
     with pytest.raises(Killed):
