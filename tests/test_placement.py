@@ -74,6 +74,14 @@ def test_a_step_that_is_not_finite_moves_nothing():
     assert not torch.equal(ours.moved(vectors, embeddings[:1], labels[:1], torch.tensor(5.0)), vectors)
 
 
+def test_a_step_to_the_origin_moves_nothing(monkeypatch):
+    """d = 1, and a scale at which the step is exactly as long as the vector, and opposite."""
+    monkeypatch.setattr(placement, '_MEMORY', 4.0)
+    ours, vectors = PrototypePlacement(2, 0.0), torch.ones(2, 1)
+    ours.counts.copy_(torch.tensor([0.0, 1e30]))    # all probability is on the second class
+    assert ours.moved(vectors, -vectors[:1], torch.tensor([0]), torch.tensor(4.0)).tolist() == [[1.0], [1.0]]
+
+
 def test_by_default_the_fewer_dimensions_the_less_even():
     assert default_evenness(100, 10) == pytest.approx(0.04) and default_evenness(100, 50) == pytest.approx(1)
     assert default_evenness(100, 99) == math.inf > default_evenness(100, 98)

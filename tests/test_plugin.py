@@ -549,7 +549,7 @@ def in_process(rank, port, folder):
     answers = {}
     with plugged_in():
         for name, options in (
-                ('epoch', dict(dl2pa_loss='squared_cosine', dl2pa_evenness='inf')),
+                ('epoch', dict(dl2pa_loss='squared_cosine')),
                 ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
                 ('paper', dict(dl2pa_warmup_epochs=0)),
                 ('primed', dict(dl2pa_prime=2)),
@@ -568,7 +568,7 @@ def in_process(rank, port, folder):
         if rank == 0:
             answers['recovery'] = load(f'{folder}/killed/recovery-1-1.pth.tar')['task_state']['dl2pa']['scheduler']
         task = train(f'{folder}/resumed', resume=f'{folder}/epoch/checkpoint-1.pth.tar', dl2pa_loss='squared_cosine',
-                     dl2pa_evenness='inf', **DISTRIBUTED)
+                     **DISTRIBUTED)
         answers['resumed'] = task.dl2pa_heads[0].assignment.tolist()
 
         # An error where the solving is done ends all processes with that error.
@@ -594,7 +594,7 @@ def test_two_processes(tmp_path):
         assert first[name] == second[name]
 
     # One process with the same samples comes to the same assignments, and sums up the same class means.
-    for name, options in (('epoch', dict(dl2pa_loss='squared_cosine', dl2pa_evenness='inf')),
+    for name, options in (('epoch', dict(dl2pa_loss='squared_cosine')),
                           ('batches', dict(dl2pa_interval=3)), ('paper', dict(dl2pa_warmup_epochs=0)),
                           ('primed', dict(dl2pa_prime=2)),
                           ('no validation', dict(validate=False, dl2pa_evenness='inf'))):
