@@ -507,6 +507,8 @@ def queue(name: str) -> list[list[str]]:
             add(['softmax'], '--dim', dim, '--neck', 'linear_bn', '--seed', 3)
         for method in (['softmax'], ['dl2pa']):
             add(method, '--dim', 50, '--classes', 'first_half', '--seed', 3)
+        for method in methods:  # a longer training of a larger network, for want of a GPU
+            add(method, '--dim', 50, '--model', 'cifar_resnet20', '--epochs', 25, '--seed', 3)
     elif name == 'paper':
         for size, losses in (('modern', []), ('paper', [])):
             for dim in (50, 10, 25, 100):

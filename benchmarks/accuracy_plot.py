@@ -1,4 +1,4 @@
-"""Top-1 over d of the runs in `results/accuracy`: `results/accuracy.png`.
+"""Top-1 over d of the ResNet-14's runs in `results/accuracy`: `results/accuracy.png`.
 
     python benchmarks/accuracy_plot.py
 """
@@ -21,7 +21,8 @@ def main() -> None:
         record = json.loads(file.read_text())
         recipe = record['recipe']
         loss = 'squared_cosine' if recipe['method'] in ('paper', 'static') else 'cross_entropy'
-        plain = recipe['classes'] == 'all' and not recipe['imbalance'] and not recipe['validation']
+        balanced = recipe['classes'] == 'all' and not recipe['imbalance'] and not recipe['validation']
+        plain = balanced and recipe['model'] == 'cifar_resnet14'
         if plain and recipe['loss'] == loss and recipe['dim'] and recipe['neck'] is None and not recipe['dl2pa']:
             points.setdefault(recipe['method'], {}).setdefault(recipe['dim'], []).append(record['results']['top1'])
     figure, axes = plt.subplots(figsize=(6, 3.6), layout='constrained')

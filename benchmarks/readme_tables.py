@@ -141,12 +141,13 @@ def _spread(values: list[float]) -> str:
     return f'{mean:.2f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.2f}'
 
 
-def _grouped(chosen: Callable[[dict[str, Any]], bool], metrics: dict[str, Callable[[dict[str, Any]], Any]]
-             ) -> list[list[Any]]:
-    """Return a row for each d and method: mean and standard deviation over the seeds, and how many there are."""
+def _grouped(chosen: Callable[[dict[str, Any]], bool], metrics: dict[str, Callable[[dict[str, Any]], Any]],
+             model: str = 'cifar_resnet14') -> list[list[Any]]:
+    """Return a row for each d and method of that model's runs: mean and standard deviation over the seeds, and how
+    many there are."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in _runs():
-        if chosen(record['recipe']):
+        if record['recipe']['model'] == model and chosen(record['recipe']):
             groups.setdefault((record['recipe']['dim'], _method(record['recipe'])), []).append(record)
     order = list(_METHODS.values())
     rows = []
@@ -167,8 +168,15 @@ def accuracy() -> str:
         'near classes': lambda r: r['results'].get('superclass_agreement'),
         'recall@1': lambda r: r['results']['recall_at_1'],
     }
-    rows = _grouped(lambda r: r['classes'] == 'all' and not r['imbalance'] and r['model'] == 'cifar_resnet14', metrics)
-    return table(['method', 'd', *metrics, 'seeds'], rows)
+    return table(['method', 'd', *metrics, 'seeds'],
+                 _grouped(lambda r: r['classes'] == 'all' and not r['imbalance'], metrics))
+
+
+def accuracy_longer() -> str:
+    metrics = {name: lambda r, name=name: r['results'][name] for name in ('top1', 'top5', 'calibration_error',
+                                                                         'recall_at_1')}
+    return table(['method', 'd', 'top-1', 'top-5', 'calibration error', 'recall@1', 'seeds'],
+                 _grouped(lambda r: r['epochs'] == 25, metrics, model='cifar_resnet20'))
 
 
 def accuracy_tail() -> str:
@@ -193,7 +201,7 @@ def accuracy_new_classes() -> str:
 
 
 # Those that are made from the folder `results/accuracy`.
-_FOLDER_TABLES = (accuracy, accuracy_tail, accuracy_transfer, accuracy_new_classes)
+_FOLDER_TABLES = (accuracy, accuracy_longer, accuracy_tail, accuracy_transfer, accuracy_new_classes)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ def plugin():
 
 
 @pytest.mark.parametrize('soft', [False, True])
-@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.7, 5.0), (0.7, 20.0)])
+@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.4, 5.0), (0.4, 20.0)])
 @pytest.mark.parametrize('rows', [2, 40])
 def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evenness, scale, rows):
     """Against autograd, over two steps: the second allows for the class frequencies of the first."""
@@ -64,6 +64,17 @@ def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
     assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
     mean = sum(parts[:3]) / 3
     assert (mean - whole).norm() < 0.2 * whole.norm() < (parts[0] - whole).norm()
+
+
+@pytest.mark.parametrize('evenness', [3.2, 10.0, 200.0])
+def test_strong_evenness_does_not_overshoot(evenness):
+    """Of few classes, which many samples pull: they come to the simplex, where all cosines are -1 / (C - 1)."""
+    classes, dim = 6, 16
+    ours, vectors, scale = PrototypePlacement(classes, evenness), unit(classes, dim), torch.tensor(4.0)
+    for _ in range(100):
+        vectors = ours.moved(vectors, unit(64, dim), torch.randint(0, classes, (64,)), scale)
+    cosines = (vectors @ vectors.t())[~torch.eye(classes, dtype=torch.bool)]
+    assert torch.allclose(cosines, torch.tensor(-1 / (classes - 1)), atol=0.1), cosines
 
 
 def test_a_step_that_is_not_finite_moves_nothing():

@@ -16,6 +16,9 @@ _MEMORY = 5.5
 _MEMORY_SHARE = 1 / 9
 # Samples per class that one batch counts for, at most: faster starts overshoot, where classes are few.
 _LARGEST = 0.5
+# The steps that keep classes apart are at most so long beside the inverse of `_curvature`, that is, about one over the
+# energy's largest curvature: from two over it on they would overshoot, and the classes end up anywhere.
+_LONGEST = 1.5
 # Classes that the others are kept from at one step: all of them up to here, then one block after the other.
 _BLOCK = 128
 
@@ -26,13 +29,14 @@ class PrototypePlacement:
     With unit embeddings z_i, (soft) targets y_ic, the class frequencies f_c seen so far, and the probabilities
     pi_ic of `scale * <z_i, v_c> + log f_c`, a batch of B samples moves each unit class vector to
 
-        v_c <- (v_c + r g_c) / |v_c + r g_c|,    g_c = scale * C / B * sum_i (y_ic - pi_ic) z_i - C * evenness * dU/dv_c
+        v_c <- u_c / |u_c|,    u_c = v_c + r * scale * C / B * sum_i (y_ic - pi_ic) z_i - e * C * dU/dv_c
 
     where U is the paper's uniformity, the log of the mean of exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5),
-    and r = b / (5.5 + n / 9), with b = min(B / C, 0.5) and n the sum of the b before. The first term is the direction
-    in which the cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et
-    al. 2021, logit adjustment); the second spreads them. A step that is not finite, or ends in the origin, leaves a
-    vector where it is.
+    r = b / (5.5 + n / 9), with b = min(B / C, 0.5) and n the sum of the b before, and e = r * evenness, but no more
+    than about one over the largest curvature of C * U at an evenly spread set. The first term is the direction in which
+    the cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021,
+    logit adjustment); the second spreads them. A step that is not finite, or ends in the origin, leaves a vector where
+    it is.
 
     In a distributed run every process has the same vectors: the batches are added up.
 
@@ -94,7 +98,8 @@ class PrototypePlacement:
                 step.index_add_(0, labels, share * pull)
             _add_up(step)
             kernel, chosen = self._repulsion(vectors)
-            step.addmm_(kernel, -rate * self.evenness * chosen).add_(vectors)
+            spread = (rate * self.evenness).clamp(max=_LONGEST / _curvature(*vectors.shape))
+            step.addmm_(kernel, -spread * chosen).add_(vectors)
             length = step.norm(dim=1, keepdim=True)
         self.steps += 1
         return torch.where(length.isfinite() & (length > 0), step.div_(length), vectors)
@@ -138,6 +143,13 @@ def check_evenness(evenness: float, name: str = 'evenness') -> None:
     """Raise a ValueError unless it is a number of at least 0; infinity is one."""
     if not isinstance(evenness, (int, float)) or math.isnan(evenness) or evenness < 0:
         raise ValueError(f'{name} must be at least 0 (math.inf: exactly even), not {evenness!r}.')
+
+
+def _curvature(num_classes: int, dim: int) -> float:
+    """Return a bound on the curvature of C * U at an evenly spread set: of its pull to a common mean, and of its change
+    with the distances, both at their largest. At a simplex of 3 to 10 classes it is 1.4 to 1.5 times the largest."""
+    dim = min(dim, num_classes - 1)
+    return 2 * UNIFORMITY * num_classes / (num_classes - 1) * (1 + 2 * UNIFORMITY / dim)
 
 
 def _add_up(summand: torch.Tensor) -> None:
