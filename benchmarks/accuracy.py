@@ -491,8 +491,11 @@ def queue(name: str) -> list[list[str]]:
                     add(['dl2pa', '--dl2pa', 'warmup=0'], '--dim', dim, '--seed', seed)
                 for method in methods:
                     add(method, '--dim', 100, '--seed', seed)
-                add(['dl2pa', '--dl2pa', 'evenness=4'], '--dim', 100, '--seed', seed)
+                add(['dl2pa', '--dl2pa', 'evenness=inf'], '--dim', 100, '--seed', seed)
                 add(['softmax'], '--dim', 0, '--seed', seed)
+            else:
+                for method in methods[:2]:
+                    add(method, '--dim', 100, '--seed', seed)
             # A backbone of half the classes, whose embeddings are tried on the others; then fine-tuned on those.
             add(['softmax'], '--dim', 0, '--classes', 'first_half', '--seed', seed)
             for method, dim in ((['softmax'], 50), (['softmax'], 0), (['dl2pa'], 50)):

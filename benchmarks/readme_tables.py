@@ -112,7 +112,6 @@ _METHODS = {
     'dl2pa': '**`dl2pa`**, cross-entropy',
     'dl2pa balanced_softmax': '**`dl2pa`**, balanced softmax',
     'dl2pa evenness=inf': 'the same head, `evenness=inf`: the even set, rotated as a whole',
-    'dl2pa evenness=4': 'the same head, `evenness=4`: placed at d = C too',
     'dl2pa balanced_softmax evenness=inf': '`dl2pa`, `evenness=inf`, balanced softmax',
     'dl2pa stop=0': 'the same head, `stop=0`: assignment left to chance',
     'dl2pa warmup=0': "the same head, `warmup=0`: the paper's rule",

@@ -95,7 +95,7 @@ def test_a_step_to_the_origin_moves_nothing(monkeypatch):
 
 def test_by_default_the_fewer_dimensions_the_less_even():
     assert default_evenness(100, 10) == pytest.approx(0.04) and default_evenness(100, 50) == pytest.approx(1)
-    assert default_evenness(100, 99) == math.inf > default_evenness(100, 98)
+    assert default_evenness(100, 100) == default_evenness(100, 512) == 4 > default_evenness(100, 98) > 3.8
     assert AssignmentScheduler(DL2PAHead(8, 7, 5)).evenness == default_evenness(7, 5)
     assert AssignmentScheduler(DL2PAHead(8, 7, 5), evenness=0).evenness == 0
 

@@ -129,14 +129,12 @@ class PrototypePlacement:
 
 
 def default_evenness(num_classes: int, dim: int) -> float:
-    """Return how strongly prototypes are kept apart by default: (2 d / C)^2.
+    """Return how strongly prototypes are kept apart by default: (2 d / C)^2, at most 4.
 
     Fitted in trials (`benchmarks/results/accuracy_trials.md`): the fewer dimensions there are to each class, the less
-    even spread helps. Infinity, for exactly even spread, where a simplex fits (d >= C - 1): it has the same angle
-    between any two classes, so that no place is better for a class than another. (Placing with evenness 4
-    gained 0.5 there in one trial and 1.6 in one run, at C = d = 100: too few to change the default.)
+    even spread helps. From d = C on, where the even set is a simplex, more dimensions change nothing.
     """
-    return math.inf if dim >= num_classes - 1 else (2 * dim / num_classes) ** 2
+    return (2 * min(dim / num_classes, 1)) ** 2
 
 
 def check_evenness(evenness: float, name: str = 'evenness') -> None:

@@ -107,7 +107,7 @@ class AssignmentScheduler:
             falls due as a re-solve does. Default: one interval, whole epochs rather than a few batches being what it
             takes. math.inf: until `end_warmup()`. 0: none, the paper's rule. With `stop=0` there is none.
         evenness: How strongly the warm-up keeps prototypes apart, at least 0; math.inf: exactly evenly. Default:
-            (2 d / C)^2, and math.inf where d >= C - 1 (`default_evenness`).
+            (2 d / C)^2, at most 4 (`default_evenness`).
         min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves. The warm-up and
             its end are not held back.
         background: Solve in a thread, and take the answer later.

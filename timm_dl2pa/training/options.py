@@ -56,8 +56,8 @@ class PluginOptions:
                                                       "script's epochs; 1 with evenness inf)")
     evenness: float | str | None = _option(None, (int, float, str), 'how strongly they are kept apart while they are '
                                                                     'placed, at least 0; inf: the evenly spread set is '
-                                                                    'only rotated as a whole (default: (2 d / C)^2; '
-                                                                    'inf where d >= C - 1)')
+                                                                    'only rotated as a whole (default: (2 d / C)^2, '
+                                                                    'at most 4)')
     prime: int = _option(0, (int,), 'number of batches at the start that are not trained on, but set assignment and '
                                     'neck by a pretrained backbone; takes the place of the warm-up (default: 0)')
 
