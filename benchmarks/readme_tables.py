@@ -180,7 +180,8 @@ def accuracy_longer() -> str:
 
 def accuracy_tail() -> str:
     metrics = {'top-1': lambda r: r['results']['top1'], **{
-        name: lambda r, name=name: r['results'].get(f'top1_{name}') for name in ('head', 'medium', 'tail')}}
+        name: lambda r, name=name: r['results'].get(f'top1_{name}') for name in ('head', 'medium', 'tail')},
+        'calibration error': lambda r: r['results']['calibration_error']}
     return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: bool(r['imbalance']), metrics))
 
 
