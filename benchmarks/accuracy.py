@@ -508,6 +508,9 @@ def queue(name: str) -> list[list[str]]:
             add(['static'], '--dim', dim, '--seed', 3)
             add(['cosine_softmax'], '--dim', dim, '--seed', 3)
             add(['softmax'], '--dim', dim, '--neck', 'linear_bn', '--seed', 3)
+        add(['softmax'], '--dim', 50, '--neck', 'linear_bn', '--classes', 'second_half', '--start-from', 'first_half',
+            '--epochs', 2, '--seed', 5)
+        add(['softmax', *balanced], '--dim', 64, '--neck', 'linear_bn', '--imbalance', 0.01, '--epochs', 30, '--seed', 3)
         for method in (['softmax'], ['dl2pa']):
             add(method, '--dim', 50, '--classes', 'first_half', '--seed', 3)
         for method in methods:  # a longer training of a larger network, for want of a GPU

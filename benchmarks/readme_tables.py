@@ -104,7 +104,8 @@ def demo_seeds(record: dict[str, Any]) -> str:
 _METHODS = {
     'softmax': '`softmax`: `nn.Linear` after a linear layer to d',
     'softmax balanced_softmax': '`softmax`, balanced softmax',
-    'softmax linear_bn': 'the same, with batch norm between',
+    'softmax linear_bn': 'the same, with batch norm between, as `dl2pa` has it',
+    'softmax balanced_softmax linear_bn': 'the same, with batch norm between',
     'cosine_softmax': '`cosine_softmax`: both normalised, scale fixed',
     'static squared_cosine': '`static` (HPN), squared cosine',
     'static': '`static`, cross-entropy, scale fixed',
