@@ -504,13 +504,12 @@ def queue(name: str) -> list[list[str]]:
             balanced = ['--loss', 'balanced_softmax']
             for method in (['softmax'], ['dl2pa'], ['dl2pa', *balanced], ['softmax', *balanced], ['static']):
                 add(method, '--dim', 64, '--imbalance', 0.01, '--epochs', 30, '--seed', seed)
+        neck = ['softmax', '--neck', 'linear_bn']
         for dim in (50, 10):  # the head's parts alone
-            add(['static'], '--dim', dim, '--seed', 3)
-            add(['cosine_softmax'], '--dim', dim, '--seed', 3)
-            add(['softmax'], '--dim', dim, '--neck', 'linear_bn', '--seed', 3)
-        add(['softmax'], '--dim', 50, '--neck', 'linear_bn', '--classes', 'second_half', '--start-from', 'first_half',
-            '--epochs', 2, '--seed', 5)
-        add(['softmax', *balanced], '--dim', 64, '--neck', 'linear_bn', '--imbalance', 0.01, '--epochs', 30, '--seed', 3)
+            for method in (['static'], ['cosine_softmax'], neck):
+                add(method, '--dim', dim, '--seed', 3)
+        add(neck, '--dim', 50, '--classes', 'second_half', '--start-from', 'first_half', '--epochs', 2, '--seed', 5)
+        add([*neck, *balanced], '--dim', 64, '--imbalance', 0.01, '--epochs', 30, '--seed', 3)
         for method in (['softmax'], ['dl2pa']):
             add(method, '--dim', 50, '--classes', 'first_half', '--seed', 3)
         for method in methods:  # a longer training of a larger network, for want of a GPU
