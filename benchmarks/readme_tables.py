@@ -159,30 +159,29 @@ def _grouped(chosen: Callable[[dict[str, Any]], bool], metrics: dict[str, Callab
     return rows
 
 
+_METRICS = {
+    'top-1': lambda r: r['results']['top1'],
+    'top-5': lambda r: r['results']['top5'],
+    'calibration error': lambda r: r['results']['calibration_error'],
+    'smallest angle': lambda r: r['results']['angular_separation']['smallest'],
+    'near classes': lambda r: r['results'].get('superclass_agreement'),
+    'recall@1': lambda r: r['results']['recall_at_1'],
+}
+
+
 def accuracy() -> str:
-    metrics = {
-        'top-1': lambda r: r['results']['top1'],
-        'top-5': lambda r: r['results']['top5'],
-        'calibration error': lambda r: r['results']['calibration_error'],
-        'smallest angle': lambda r: r['results']['angular_separation']['smallest'],
-        'near classes': lambda r: r['results'].get('superclass_agreement'),
-        'recall@1': lambda r: r['results']['recall_at_1'],
-    }
-    return table(['method', 'd', *metrics, 'seeds'],
-                 _grouped(lambda r: r['classes'] == 'all' and not r['imbalance'], metrics))
+    return table(['method', 'd', *_METRICS, 'seeds'],
+                 _grouped(lambda r: r['classes'] == 'all' and not r['imbalance'], _METRICS))
 
 
 def accuracy_longer() -> str:
-    metrics = {name: lambda r, name=name: r['results'][name] for name in ('top1', 'top5', 'calibration_error',
-                                                                         'recall_at_1')}
-    return table(['method', 'd', 'top-1', 'top-5', 'calibration error', 'recall@1', 'seeds'],
-                 _grouped(lambda r: r['epochs'] == 25, metrics, model='cifar_resnet20'))
+    return table(['method', 'd', *_METRICS, 'seeds'],
+                 _grouped(lambda r: r['epochs'] == 25, _METRICS, model='cifar_resnet20'))
 
 
 def accuracy_tail() -> str:
-    metrics = {'top-1': lambda r: r['results']['top1'], **{
-        name: lambda r, name=name: r['results'].get(f'top1_{name}') for name in ('head', 'medium', 'tail')},
-        'calibration error': lambda r: r['results']['calibration_error']}
+    shares = {name: lambda r, name=name: r['results'].get(f'top1_{name}') for name in ('head', 'medium', 'tail')}
+    metrics = {'top-1': _METRICS['top-1'], **shares, 'calibration error': _METRICS['calibration error']}
     return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: bool(r['imbalance']), metrics))
 
 
