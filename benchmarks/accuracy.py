@@ -56,8 +56,8 @@ from timm_dl2pa import (
     prime,
     wrap_dl2pa,
 )
-from timm_dl2pa.assignment import solve_assignment
-from timm_dl2pa.training import PluginOptions
+from timm_dl2pa.assignment.solve import solve_assignment
+from timm_dl2pa.timm_scripts import PluginOptions
 
 METHODS = ('softmax', 'cosine_softmax', 'static', 'etf', 'paper', 'dl2pa')
 LOSSES = ('cross_entropy', 'balanced_softmax', 'squared_cosine', 'dot_regression')

@@ -22,7 +22,7 @@ from results_file import write_results
 from timm.task import ClassificationTask
 from tqdm import tqdm
 
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.timm_scripts import plugged_in
 
 SIZES = ((1000, 512), (21841, 128))
 METHODS = ('linear', 'criterion', 'squared_cosine')

@@ -8,8 +8,8 @@ from scipy.optimize import linear_sum_assignment
 from test_scheduler import feed, paper_rule
 
 from timm_dl2pa import AssignmentScheduler, ClassMeans, Schedule, scheduler, solve_assignment
-from timm_dl2pa.background import Background
-from timm_dl2pa.matching import generation, sparse
+from timm_dl2pa.assignment.matching import generation, sparse
+from timm_dl2pa.scheduling.background import Background
 
 
 def as_told(update):

@@ -12,10 +12,10 @@ from test_hub_heads import hub  # noqa: F401  the fixture
 
 from timm_dl2pa import DL2PAHead, push_head_to_hub, push_model_to_hub, wrap_dl2pa
 from timm_dl2pa import card as card_room
-from timm_dl2pa.card import Facts, Training, card_files
-from timm_dl2pa.card_picture import plane_of
 from timm_dl2pa.cli import main
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.files.card import Facts, Training, card_files
+from timm_dl2pa.files.card_picture import plane_of
+from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore:.*HTTP upload')]
 NAMES = ['cat', 'dog|wolf', '$a$', 'emu', 'fox']

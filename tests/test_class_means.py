@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_dl2pa import ClassMeans
-from timm_dl2pa.class_means import RunningClassMeans
+from timm_dl2pa.scheduling.class_means import RunningClassMeans
 
 C, D = 6, 4
 

@@ -11,7 +11,7 @@ from timm.models._features import FeatureDictNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 
 from timm_dl2pa import DL2PAHead, fold_dl2pa, wrap_dl2pa
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore')]
 

@@ -11,8 +11,8 @@ from stand_in import train
 
 from timm_dl2pa import DL2PAHead, fold_dl2pa, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
-from timm_dl2pa.head import heads_of
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.head.head import heads_of
+from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = pytest.mark.timm
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from timm_dl2pa import load_model, save_model, save_prototypes, wrap_dl2pa
 from timm_dl2pa import prototypes as prototypes_room
 from timm_dl2pa.cli import main
-from timm_dl2pa.head import heads_of
-from timm_dl2pa.model_files import SavedModel
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.head.head import heads_of
+from timm_dl2pa.models.model_files import SavedModel
+from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = pytest.mark.timm
 RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
@@ -37,7 +37,7 @@ def test_round_trip_to_the_bit(model, tmp_path, monkeypatch):
     def no_optimisation(*_, **__):
         raise AssertionError('loading must not make prototypes')
 
-    monkeypatch.setattr('timm_dl2pa.head.make_prototypes', no_optimisation)
+    monkeypatch.setattr('timm_dl2pa.head.head.make_prototypes', no_optimisation)
     state = torch.get_rng_state()
     again = load_model(folder)
     assert torch.equal(state, torch.get_rng_state())
@@ -99,7 +99,7 @@ def test_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
         raise OSError('no space left')
 
     with monkeypatch.context() as patch:
-        patch.setattr('timm_dl2pa.model_files.save_file', disk_full)
+        patch.setattr('timm_dl2pa.models.model_files.save_file', disk_full)
         for folder in ('model', 'new'):
             with pytest.raises(OSError, match='no space'):
                 save_model(model, tmp_path / folder)

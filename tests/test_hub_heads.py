@@ -65,7 +65,7 @@ def test_folder_round_trip_makes_no_prototypes(head, tmp_path, monkeypatch):
     def no_optimisation(*_, **__):
         raise AssertionError('prototypes were computed')
 
-    monkeypatch.setattr('timm_dl2pa.head.make_prototypes', no_optimisation)
+    monkeypatch.setattr('timm_dl2pa.head.head.make_prototypes', no_optimisation)
     state = torch.get_rng_state()
     for source in (tmp_path / 'head', str(tmp_path / 'head'), f'local-dir:{tmp_path / "head"}'):
         found = DL2PAHead.from_pretrained(source)

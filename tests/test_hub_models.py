@@ -13,7 +13,7 @@ from test_hub_heads import LABELS, hub  # noqa: F401  the fixture
 
 from timm_dl2pa import fold_dl2pa, load_head, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore:.*HTTP upload')]
 RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
@@ -54,7 +54,7 @@ def test_round_trip(hub, name, monkeypatch):  # noqa: F811
     config = json.loads(files['config.json'])
     assert config['architecture'] == 'dl2pa' and config['label_names'] == LABELS
     assert "timm.create_model('hf-hub:me/model', pretrained=True)" in files['README.md'].decode()
-    monkeypatch.setattr('timm_dl2pa.head.make_prototypes', None)  # none are computed
+    monkeypatch.setattr('timm_dl2pa.head.head.make_prototypes', None)  # none are computed
     found = timm.create_model('hf-hub:me/model', pretrained=True).eval()
     assert torch.equal(logits(found, arguments), expected) and found.label_names == LABELS
     for source in ('me/model', 'hf-hub:me/model@main'):

@@ -11,9 +11,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from timm_dl2pa import AssignmentResult, solve_assignment
-from timm_dl2pa.assignment import check_assignment
-from timm_dl2pa.matching import Products, best_matching, generation, sources
-from timm_dl2pa.matching import sweep as sweep_module
+from timm_dl2pa.assignment.matching import Products, best_matching, generation, sources
+from timm_dl2pa.assignment.matching import sweep as sweep_module
+from timm_dl2pa.assignment.solve import check_assignment
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_readme_tables_are_those_of_the_results():
 def test_readme_has_every_option_of_the_plugin():
     from dataclasses import fields
 
-    from timm_dl2pa.training import PluginOptions
+    from timm_dl2pa.timm_scripts import PluginOptions
     readme = (ROOT / 'README.md').read_text()
     assert all(f'`dl2pa_{option.name}`' in readme for option in fields(PluginOptions))
 

@@ -6,8 +6,8 @@ import torch
 from stand_in import BATCHES, train
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, placement
-from timm_dl2pa.placement import PrototypePlacement, default_evenness
-from timm_dl2pa.training import plugged_in
+from timm_dl2pa.scheduling.placement import PrototypePlacement, default_evenness
+from timm_dl2pa.timm_scripts import plugged_in
 
 
 def unit(*shape):

@@ -35,7 +35,7 @@ from timm_dl2pa import (
     make_prototypes,
     save_prototypes,
 )
-from timm_dl2pa.training import PluginOptions, install, plugged_in, uninstall
+from timm_dl2pa.timm_scripts import PluginOptions, install, plugged_in, uninstall
 
 pytestmark = pytest.mark.timm
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
-from timm_dl2pa.priming import Primer
+from timm_dl2pa.scheduling.priming import Primer
 
 CLASSES, FEATURES = 20, 24
 

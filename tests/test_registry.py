@@ -8,8 +8,8 @@ import torch
 from timm.models import PretrainedCfg, save_for_hf
 
 from timm_dl2pa import DL2PAHead, load_model, save_model, wrap_dl2pa
-from timm_dl2pa.training import plugged_in
-from timm_dl2pa.training.creation import plugin_options
+from timm_dl2pa.timm_scripts import plugged_in
+from timm_dl2pa.timm_scripts.creation import plugin_options
 
 pytestmark = pytest.mark.timm
 

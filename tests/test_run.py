@@ -6,7 +6,7 @@ import pytest
 import timm.models._factory as factory
 
 from timm_dl2pa.cli import main
-from timm_dl2pa.training.run import _with_model_kwargs
+from timm_dl2pa.timm_scripts.run import _with_model_kwargs
 
 pytestmark = pytest.mark.timm
 

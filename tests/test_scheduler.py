@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from timm_dl2pa import AssignmentScheduler, ClassMeans, SquaredCosineLoss, align_prototypes, solve_assignment
-from timm_dl2pa.class_means import RunningClassMeans
+from timm_dl2pa.scheduling.class_means import RunningClassMeans
 
 
 def paper_rule(model, *args, **kwargs):

@@ -1,15 +1,14 @@
 """Hyperspherical classification with dynamic label-to-prototype assignment (DL2PA, CVPR 2024) for timm models."""
-from .alignment import AlignmentResult, align_prototypes
-from .assignment import AssignmentResult, solve_assignment
-from .class_means import ClassMeans
-from .folding import fold_dl2pa
-from .head import DL2PAConfig, DL2PAHead, default_scale
-from .head_files import load_head
-from .hub import load_model, save_model
-from .hub_upload import push_head_to_hub, push_model_to_hub
+from .assignment.alignment import AlignmentResult, align_prototypes
+from .assignment.solve import AssignmentResult, solve_assignment
+from .head.head import DL2PAConfig, DL2PAHead, default_scale
+from .head.head_files import load_head
 from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
-from .models import wrap_dl2pa
-from .priming import prime
+from .models.folding import fold_dl2pa
+from .models.push import push_head_to_hub, push_model_to_hub
+from .models.registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
+from .models.saved import load_model, save_model
+from .models.wrapping import wrap_dl2pa
 from .prototypes import (
     load_prototypes,
     make_prototypes,
@@ -18,9 +17,10 @@ from .prototypes import (
     save_prototypes,
     uniformity,
 )
-from .registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
-from .schedule import Schedule
-from .scheduler import AssignmentScheduler, AssignmentUpdate
+from .scheduling.class_means import ClassMeans
+from .scheduling.priming import prime
+from .scheduling.schedule import Schedule
+from .scheduling.scheduler import AssignmentScheduler, AssignmentUpdate
 
 __version__ = '0.1.0'
 

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ['run']:
         # Its options may stand anywhere among the script's, which argparse's subcommands do not know.
-        from .training.run import run_script
+        from .timm_scripts.run import run_script
         run_script(arguments[1:])
         return 0
     options = vars(parser.parse_args(arguments))
@@ -123,21 +123,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prototypes.exit(2, f'timm-dl2pa prototypes: {error}\n')
         return 0
     if command == 'fold':
-        from .training.plain import fold_checkpoint
+        from .timm_scripts.conversion import fold_checkpoint
         try:
             print(fold_checkpoint(options.pop('checkpoint'), **options))
         except (ValueError, OSError) as error:
             fold.exit(2, f'timm-dl2pa fold: {error}\n')
         return 0
     if command == 'push':
-        from .training.plain import push_checkpoint
+        from .timm_scripts.conversion import push_checkpoint
         try:
             print(push_checkpoint(options.pop('checkpoint'), options.pop('repo_id'), **options))
         except (ValueError, OSError, RuntimeError) as error:
             push.exit(2, f'timm-dl2pa push: {error}\n')
         return 0
     if command == 'inspect':
-        from .training.inspection import inspect_checkpoint
+        from .timm_scripts.inspection import inspect_checkpoint
         try:
             for line in inspect_checkpoint(options['checkpoint'], options['all_classes']):
                 print(line)

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from .head import DL2PAHead
-from .hub import save_model
-from .models import wrap_dl2pa
-from .scheduler import AssignmentScheduler
+from .head.head import DL2PAHead
+from .models.saved import save_model
+from .models.wrapping import wrap_dl2pa
+from .scheduling.scheduler import AssignmentScheduler
 
 BATCH_SIZE = 64
 DIGITS_SIZE = 32

@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from .head import DL2PAHead
+from .head.head import DL2PAHead
 
 __all__ = ['BalancedSoftmaxLoss', 'DotRegressionLoss', 'SquaredCosineLoss']
 

@@ -3,6 +3,6 @@
 Importing it makes `timm.create_model` take the dl2pa_... options, and timm's training tasks train the models so made.
 Models without these options, and everything that is done with them, stay as they are.
 """
-from .training import install
+from .timm_scripts import install
 
 install()

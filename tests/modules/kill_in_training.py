@@ -2,7 +2,7 @@
 import os
 import signal
 
-from timm_dl2pa.training.task import DL2PATask
+from timm_dl2pa.timm_scripts.task import DL2PATask
 
 update_ema = DL2PATask.update_ema
 left = int(os.environ['KILL_AFTER'])

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .alignment import align_prototypes
-from .assignment import MAX_SCORES, AssignmentResult, solve_assignment
+from ..assignment.alignment import align_prototypes
+from ..assignment.solve import MAX_SCORES, AssignmentResult, solve_assignment
+from ..head.head import heads_of
 from .background import Background
 from .class_means import ClassMeans, RunningClassMeans, directions_of
-from .head import heads_of
 from .placement import PrototypePlacement, check_evenness, default_evenness
 from .schedule import Schedule
 

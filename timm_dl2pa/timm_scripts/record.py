@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..card import Training
-from ..class_means import ClassMeans
+from ..files.card import Training
+from ..scheduling.class_means import ClassMeans
 
 __all__ = ['class_means_of', 'metrics_of', 'read_training']
 

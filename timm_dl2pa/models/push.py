@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .card import CARD_NAME, PICTURE_NAME, Facts, Training, card_files
+from ..files.card import CARD_NAME, PICTURE_NAME, Facts, Training, card_files
+from ..files.folder import check_label_names
+from ..head.head import heads_of
+from ..head.head_files import head_files
 from .folding import fold_dl2pa
-from .head import heads_of
-from .head_files import head_files
-from .hub import check_savable
-from .hub_files import check_label_names
 from .model_files import model_stage
-from .models import backbone_name
+from .saved import check_savable
+from .wrapping import backbone_name
 
 __all__ = ['push_head_to_hub', 'push_model_to_hub']
 
@@ -165,7 +165,7 @@ def upload(
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    from . import __version__
+    from .. import __version__
     api = HfApi(token=token, library_name='timm_dl2pa', library_version=__version__)
     is_new = not api.repo_exists(repo_id)
     if is_new:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .margins import margins
+from ..prototypes.nearest import margins
 
 __all__ = ['draw_card', 'plane_of']
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .head import DL2PAConfig, DL2PAHead, default_scale, heads_of
-from .head_files import fits, load_head, with_classes
-from .prototypes import make_prototypes
+from ..head.head import DL2PAConfig, DL2PAHead, default_scale, heads_of
+from ..head.head_files import fits, load_head, with_classes
+from ..prototypes import make_prototypes
 
 __all__ = ['replace_classifiers', 'wrap_dl2pa']
 

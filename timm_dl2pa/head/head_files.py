@@ -13,8 +13,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save
 
-from .head import DL2PAConfig, DL2PAHead
-from .hub_files import (
+from ..files.folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_finite,
@@ -25,6 +24,7 @@ from .hub_files import (
     read_tensors,
     replace_files,
 )
+from .head import DL2PAConfig, DL2PAHead
 
 __all__ = ['KINDS', 'check_format', 'head_config', 'head_files', 'load_head', 'save_head', 'with_classes']
 
@@ -50,7 +50,7 @@ def head_files(head: DL2PAHead, label_names: list[str] | None = None) -> dict[st
     check_label_names(label_names, head.num_classes, 'label_names')
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in head.state_dict().items()}
     check_finite(tensors, 'the head')
-    from . import __version__
+    from .. import __version__
     weights = save(tensors, metadata={'format': 'pt'})
     config = {
         'library_name': _LIBRARY,

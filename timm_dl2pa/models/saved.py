@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .head import DL2PAHead, heads_of
-from .head_files import with_classes
-from .hub_files import find_files, replace_files
+from ..files.folder import find_files, replace_files
+from ..head.head import DL2PAHead, heads_of
+from ..head.head_files import with_classes
 from .model_files import model_stage, read_model
-from .models import backbone_name, replace_classifiers
+from .wrapping import backbone_name, replace_classifiers
 
 __all__ = ['check_savable', 'load_model', 'save_model']
 

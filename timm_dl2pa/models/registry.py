@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, load_pretrained, register_model
 
-from .head import default_scale, heads_of
-from .hub_files import find_files
+from ..files.folder import find_files
+from ..head.head import default_scale, heads_of
+from ..prototypes import make_prototypes
 from .model_files import SavedModel, check_backbone, check_backbone_arguments, read_model
-from .models import wrap_dl2pa
-from .prototypes import make_prototypes
+from .wrapping import wrap_dl2pa
 
 __all__ = ['dl2pa']
 

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from .assignment import _as_float64, _check_size
+from .solve import _as_float64, _check_size
 
 __all__ = ['AlignmentResult', 'align_prototypes']
 

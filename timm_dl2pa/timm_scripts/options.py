@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..head import NECKS
-from ..placement import check_evenness
+from ..head.head import NECKS
+from ..scheduling.placement import check_evenness
 
 __all__ = ['LOSSES', 'PREFIX', 'PluginOptions']
 

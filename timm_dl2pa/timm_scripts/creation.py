@@ -9,8 +9,8 @@ import torch.nn as nn
 from timm.layers import is_scriptable
 from timm.models import load_state_dict
 
-from ..head import DL2PAHead
-from ..models import wrap_dl2pa
+from ..head.head import DL2PAHead
+from ..models.wrapping import wrap_dl2pa
 from .options import PREFIX, PluginOptions
 
 __all__ = ['create_registered', 'create_wrapped', 'plugin_options']

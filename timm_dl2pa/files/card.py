@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..head.head import DL2PAHead
+from ..prototypes.nearest import margins
 from .card_picture import draw_card
-from .head import DL2PAHead
-from .margins import margins
 
 __all__ = ['CARD_NAME', 'PICTURE_NAME', 'Facts', 'Training', 'card_files']
 

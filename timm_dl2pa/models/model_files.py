@@ -16,10 +16,8 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from .assignment import check_assignment
-from .head import DL2PAConfig, heads_of
-from .head_files import KINDS, check_format, head_config
-from .hub_files import (
+from ..assignment.solve import check_assignment
+from ..files.folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_finite,
@@ -29,8 +27,10 @@ from .hub_files import (
     read_tensors,
     sha256_of,
 )
-from .models import REGISTRY_NAME, REGISTRY_PREFIX, backbone_name, registry_options, wrap_dl2pa
-from .prototypes import check_prototypes
+from ..head.head import DL2PAConfig, heads_of
+from ..head.head_files import KINDS, check_format, head_config
+from ..prototypes import check_prototypes
+from .wrapping import REGISTRY_NAME, REGISTRY_PREFIX, backbone_name, registry_options, wrap_dl2pa
 
 __all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'read_model']
 
@@ -307,7 +307,7 @@ def _config(
         folder: Path,
 ) -> dict[str, Any]:
     """Write the config as timm does, with what is ours; return it."""
-    from . import __version__
+    from .. import __version__
     heads = heads_of(model)
     ours = {**registry_options(heads[0].config), f'{REGISTRY_PREFIX}backbone': backbone_name(model)} if heads else {}
     try:

@@ -14,10 +14,10 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
-from ..head import heads_of
+from ..head.head import heads_of
 from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
-from ..priming import Primer
-from ..scheduler import AssignmentScheduler, AssignmentUpdate
+from ..scheduling.priming import Primer
+from ..scheduling.scheduler import AssignmentScheduler, AssignmentUpdate
 from .creation import plugin_options
 
 __all__ = ['DL2PATask', 'task_class_for']

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from .alignment import align_prototypes
+from ..assignment.alignment import align_prototypes
+from ..head.head import DL2PAHead, heads_of
 from .class_means import shares_of
-from .head import DL2PAHead, heads_of
 from .scheduler import AssignmentScheduler
 
 __all__ = ['Primer', 'prime']

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from ..prototypes.energy import UNIFORMITY
 from .class_means import shares_of
-from .prototypes.energy import UNIFORMITY
 
 __all__ = ['PrototypePlacement', 'default_evenness']
 

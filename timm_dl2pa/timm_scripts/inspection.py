@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
-from ..assignment import check_assignment, restore_whole_numbers
-from ..margins import margins
+from ..assignment.solve import check_assignment, restore_whole_numbers
 from ..prototypes import check_prototypes, unit_rows
+from ..prototypes.nearest import margins
 from .options import PREFIX
 
 __all__ = ['inspect_checkpoint', 'read_checkpoint']

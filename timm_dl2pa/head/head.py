@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .assignment import check_assignment, restore_whole_numbers
-from .prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
+from ..assignment.solve import check_assignment, restore_whole_numbers
+from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 
 __all__ = ['DL2PAConfig', 'DL2PAHead', 'default_scale', 'heads_of']
 
@@ -396,7 +396,7 @@ class DL2PAHead(nn.Module):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the head alone to the Hugging Face Hub: see `timm_dl2pa.push_head_to_hub`."""
-        from .hub_upload import push_head_to_hub
+        from ..models.push import push_head_to_hub
         return push_head_to_hub(self, repo_id, **kwargs)
 
     def extra_repr(self) -> str:

@@ -8,13 +8,13 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models import clean_state_dict
 
-from ..card import Training
-from ..folding import fold_dl2pa
-from ..head import heads_of
-from ..hub import load_model
-from ..hub_files import CONFIG_NAME
-from ..hub_upload import push_head_to_hub, push_model_to_hub
-from ..models import backbone_name, wrap_dl2pa
+from ..files.card import Training
+from ..files.folder import CONFIG_NAME
+from ..head.head import heads_of
+from ..models.folding import fold_dl2pa
+from ..models.push import push_head_to_hub, push_model_to_hub
+from ..models.saved import load_model
+from ..models.wrapping import backbone_name, wrap_dl2pa
 from .inspection import read_checkpoint
 from .options import PREFIX, PluginOptions
 from .record import class_means_of, metrics_of, read_training
