@@ -1,13 +1,12 @@
 """Model cards: what a person wants to know of a head, and the metadata that the Hub understands."""
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..head.head import DL2PAHead
 from ..prototypes.nearest import margins
 from .card_picture import draw_card
 
@@ -28,6 +27,19 @@ _CITATION = """```bibtex
 _LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'apple-ascl', 'apple-amlr', 'gemma')
 _ROWS = 10
 _logger = logging.getLogger(__name__)
+
+
+class Describable(Protocol):
+    """What a card needs of a head."""
+    config: Any
+    num_classes: int
+    class_prototypes: torch.Tensor
+
+    def current_scale(self) -> torch.Tensor:
+        """Return the factor on the cosines, ()."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class Facts:
     training: Training | None = None
 
 
-def card_files(head: DL2PAHead, repo_id: str, facts: Facts, *, kind: str) -> dict[str, bytes]:
+def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> dict[str, bytes]:
     """Return the contents of the card, Markdown with YAML metadata, and of its picture, by their names.
 
     Without matplotlib there is no picture.
@@ -174,7 +186,7 @@ def _loading(repo_id: str, facts: Facts, kind: str) -> str:
         f"\nmodel = timm.create_model('hf-hub:{repo_id}', pretrained=True)"
 
 
-def _head_table(head: DL2PAHead, facts: Facts, kind: str) -> str:
+def _head_table(head: Describable, facts: Facts, kind: str) -> str:
     config, scale = head.config, head.current_scale().item()
     rows: dict[str, Any] = {
         'backbone': facts.backbone or facts.base_model,
@@ -193,7 +205,7 @@ def _head_table(head: DL2PAHead, facts: Facts, kind: str) -> str:
     return _table(['', ''], [[name, value] for name, value in rows.items() if value is not None])
 
 
-def _nearest_table(head: DL2PAHead, facts: Facts) -> str:
+def _nearest_table(head: Describable, facts: Facts) -> str:
     """The pairs of classes that stand nearest: by their means where they are known, otherwise by their prototypes."""
     vectors = head.class_prototypes.detach().float().cpu()
     by = 'their prototypes'

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_label_names', 'find_files', 'is_kind', 'read_config',
+from ..options import is_kind
+
+__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check_label_names', 'find_files', 'read_config',
            'read_tensors', 'replace_files', 'sha256_of']
 
 CONFIG_NAME = 'config.json'
@@ -94,11 +96,6 @@ def read_config(folder: Path, origin: str) -> dict[str, Any]:
     return config
 
 
-def is_kind(value: Any, kind: Any) -> bool:
-    """Return whether a JSON value is of a kind; true and false are no numbers."""
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
 def check_label_names(label_names: Any, num_classes: int, where: str) -> None:
     """Raise a ValueError unless there are C names, or None."""
     if label_names is not None and not (isinstance(label_names, (list, tuple)) and len(label_names) == num_classes
@@ -146,6 +143,15 @@ def read_tensors(
         if tensor.is_floating_point() == (name in whole_numbers):
             raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must not be {tensor.dtype}.')
     return tensors
+
+
+def check_format(number: Any, newest: int, origin: str) -> None:
+    """Raise a ValueError unless a config's format is one that this version reads."""
+    if not is_kind(number, int) or number < 1:
+        raise ValueError(f'{origin}: {CONFIG_NAME} names no format.')
+    if number > newest:
+        raise ValueError(f'{origin} has the format {number}, newer than this version of timm_dl2pa reads ({newest}): '
+                         f'install a newer one.')
 
 
 def check_finite(tensors: dict[str, torch.Tensor], origin: str) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-__all__ = ['ClassMeans', 'RunningClassMeans', 'directions_of', 'shares_of']
+from ..distributed import add_over_ranks, is_distributed, rank
+
+__all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'shares_of']
 
 
 def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -71,16 +73,18 @@ class ClassMeans:
             ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
         """
         self.check_shapes(embeddings, targets)
-        if targets.ndim == 1:
-            if len(targets) == 0:
-                return
-            targets = targets.long()
-            lowest, highest = torch.aminmax(torch.cat([targets, self.label_range]))
-            self.label_range = torch.stack([lowest, highest])
+        if len(targets) == 0:
+            return
+        self._note_labels(targets)
         for labels, share in shares_of(targets, self.num_classes):
             # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
             self.sums.index_add_(
                 0, labels, embeddings if share is None else torch.where(share != 0, share * embeddings, 0.0))
+
+    def _note_labels(self, targets: torch.Tensor) -> None:
+        if targets.ndim == 1:
+            lowest, highest = torch.aminmax(torch.cat([targets.long(), self.label_range]))
+            self.label_range = torch.stack([lowest, highest])
 
     def check_shapes(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings."""
@@ -119,42 +123,54 @@ class ClassMeans:
         self.sums *= momentum
 
     def merge(self) -> None:
-        """Add up the processes' sums on rank 0 and empty the others'. Every process must call it; alone, it does
-        nothing."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        dist.reduce(self.sums, dst=0)
+        """Move the sums of all processes to rank 0. Every process must call it; alone, it does nothing."""
+        if is_distributed():
+            dist.reduce(self.sums, dst=0)
+            self._merge_label_range()
+            if rank() != 0:
+                self.sums.zero_()
+
+    def _merge_label_range(self) -> None:
         extremes = torch.stack([-self.label_range[0], self.label_range[1]])
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         self.label_range = torch.stack([-extremes[0], extremes[1]])
-        if dist.get_rank() != 0:
-            self.sums.zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the sums (C, d) float32 and the range of labels (2,) int64, as copies on the CPU."""
         return {'sums': self.sums.cpu().clone(), 'label_range': self.label_range.cpu().clone()}
 
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Raise a ValueError unless a state has all entries, and those of as many classes and dimensions."""
+        missing = sorted(self.state_dict().keys() ^ state.keys())
+        if missing:
+            raise ValueError(f'the saved class means lack, or do not know, {", ".join(missing)}: they are of another '
+                             f'recipe.')
+        if state['sums'].shape != self.sums.shape:
+            raise ValueError(f'the saved class means have the shape {tuple(state["sums"].shape)}, '
+                             f'not {tuple(self.sums.shape)}: they are of another head.')
+
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take over a state. In a distributed run, all processes may load the same one: rank 0 keeps it.
 
         Raises:
-            ValueError: It is of another number of classes or another dimension. Nothing was changed.
+            ValueError: See `check_state`. Nothing was changed.
         """
-        sums, label_range = state['sums'], state['label_range']
-        if sums.shape != self.sums.shape:
-            raise ValueError(f'the saved class means have the shape {tuple(sums.shape)}, '
-                             f'not {tuple(self.sums.shape)}: they are of another head.')
-        self.sums = sums.to(self.sums.device, torch.float32, copy=True)
-        self.label_range = label_range.to(self.label_range.device, torch.int64, copy=True)
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        self.check_state(state)
+        self._take(state)
+        if rank() != 0:
             self.sums.zero_()
 
+    def _take(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = state['sums'].to(self.sums.device, torch.float32, copy=True)
+        self.label_range = state['label_range'].to(self.label_range.device, torch.int64, copy=True)
 
-class RunningClassMeans:
-    """Means of each class's latest unit embeddings, which serve as class vectors while there is no assignment yet.
 
-    A class's sum and its count are multiplied by `memory` for each of its new samples: about the last
-    `1 / (1 - memory)` samples count. Every process of a distributed run has the same means: each batch is added up.
+class MovingClassMeans(ClassMeans):
+    """An exponential moving average of each class's unit embeddings: DL2PA, section 3.2, with `memory` 0.9.
+
+    A class's sum and its count are multiplied by `memory` for each of its new samples, so that about the last
+    `1 / (1 - memory)` samples count. Every process of a distributed run has the same averages: each batch is added up
+    over the processes.
 
     Args:
         num_classes: C.
@@ -163,35 +179,36 @@ class RunningClassMeans:
         device: Where the sums (C, d) and the counts (C,) live, float32.
     """
 
-    def __init__(self, num_classes: int, dim: int, memory: float = 0.98, device: torch.device | str | None = None):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
+        super().__init__(num_classes, dim, device)
         self.memory = memory
-        self.sums = torch.zeros(num_classes, dim, device=device)
         self.counts = torch.zeros(num_classes, device=device)
 
-    def to(self, device: torch.device | str) -> 'RunningClassMeans':
-        """Move the sums, in place."""
-        self.sums, self.counts = self.sums.to(device), self.counts.to(device)
+    def to(self, device: torch.device | str) -> 'MovingClassMeans':
+        """Move sums and counts, in place."""
+        super().to(device)
+        self.counts = self.counts.to(device)
         return self
 
     @torch.no_grad()
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
-        """Fold a batch in: embeddings (B, d), targets as for `ClassMeans.add`. In a distributed run every process must
-        call it."""
+        """Fold a batch in, as `ClassMeans.add` does. In a distributed run every process must call it, also with no
+        samples."""
+        self.check_shapes(embeddings, targets)
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
-        for labels, share in shares_of(targets, self.num_classes):
-            if share is None:
-                share = torch.ones_like(embeddings[:, :1])
-            sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
-            counts.index_add_(0, labels, share.squeeze(1))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
+        if len(targets) > 0:
+            self._note_labels(targets)
+            for labels, share in shares_of(targets, self.num_classes):
+                if share is None:
+                    share = torch.ones_like(embeddings[:, :1])
+                sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
+                counts.index_add_(0, labels, share.squeeze(1))
+        add_over_ranks(sums, counts)
         kept = self.memory ** counts
         self.sums = kept.unsqueeze(1) * self.sums + sums
         self.counts = kept * self.counts + counts
 
-    def directions(self) -> torch.Tensor:
+    def centred_directions(self) -> torch.Tensor:
         """Return the unit directions (C, d), float32, in which the class means lie from their mean.
 
         In a young network all embeddings lie in a narrow cone: what tells classes apart is where they lie in it.
@@ -202,11 +219,40 @@ class RunningClassMeans:
         centre = means.sum(dim=0) / seen.sum().clamp_min(1)
         return torch.nn.functional.normalize(torch.where(seen, means - centre, 0.0), dim=1)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the sums (C, d) and counts (C,), float32, as copies on the CPU."""
-        return {'sums': self.sums.cpu().clone(), 'counts': self.counts.cpu().clone()}
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self.counts.zero_()
+
+    def decay(self, momentum: float) -> None:
+        """Multiply sums and counts by `momentum`, 0 to 1."""
+        super().decay(momentum)
+        self.counts *= momentum
+
+    def merge(self) -> None:
+        """Merge the range of labels. The averages are the same on every process already."""
+        if is_distributed():
+            self._merge_label_range()
+
+    def state_dict(self) -> dict[str, torch.Tensor | float]:
+        """Return sums (C, d), counts (C,), float32, the range of labels (2,) int64, copies on the CPU, and `memory`."""
+        return {**super().state_dict(), 'counts': self.counts.cpu().clone(), 'memory': self.memory}
+
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        """See `ClassMeans.check_state`; `memory` must be the same."""
+        super().check_state(state)
+        if state['memory'] != self.memory:
+            raise ValueError(f'the saved class means have the memory {state["memory"]}, not {self.memory}.')
+        if tuple(state['counts'].shape) != (self.num_classes,):
+            raise ValueError(f'the saved counts have the shape {tuple(state["counts"].shape)}, not '
+                             f'({self.num_classes},): they are of another head.')
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a state; all processes load the same one."""
-        device = self.sums.device
-        self.sums, self.counts = (state[name].to(device, copy=True) for name in ('sums', 'counts'))
+        """Take over a state; all processes load the same one.
+
+        Raises:
+            ValueError: See `check_state`. Nothing was changed.
+        """
+        self.check_state(state)
+        self._take(state)
+        self.counts = state['counts'].to(self.counts.device, torch.float32, copy=True)

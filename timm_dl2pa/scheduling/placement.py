@@ -1,14 +1,18 @@
-"""Where each class's prototype goes while the network is young: drawn to what tells the class apart, kept apart by the
-paper's energy."""
+"""The warm-up 'placed': each class's prototype follows the embeddings, and the paper's energy keeps prototypes apart."""
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from ..assignment import AssignmentResult
+from ..distributed import add_over_ranks
+from ..head import DL2PAHead
 from ..prototypes.energy import UNIFORMITY
 from .class_means import shares_of
+from .warmup import Warmup
 
-__all__ = ['PrototypePlacement', 'default_evenness']
+__all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
 
 # A class vector follows about its class's last samples: a ninth of those seen so far, and 5.5. So it moves fast while
 # the network is young, and by the warm-up's end noise has been averaged away.
@@ -86,7 +90,7 @@ class PrototypePlacement:
         # Factors go onto the few embeddings and the block, so that few passes over (C, d) are left.
         with torch.autocast(embeddings.device.type, enabled=False):
             probabilities = (scale * embeddings @ vectors.t() + (self.counts + 1).log()).softmax(dim=1)
-            _add_up(counts)
+            add_over_ranks(counts)
             self.counts += counts
             size = counts.sum()
             samples = (size / self.num_classes).clamp(max=_LARGEST)
@@ -96,7 +100,7 @@ class PrototypePlacement:
             step = (weights * probabilities).t() @ -pull
             for labels, share in shares:
                 step.index_add_(0, labels, share * pull)
-            _add_up(step)
+            add_over_ranks(step)
             kernel, chosen = self._repulsion(vectors)
             spread = (rate * self.evenness).clamp(max=_LONGEST / _curvature(*vectors.shape))
             step.addmm_(kernel, -spread * chosen).add_(vectors)
@@ -118,14 +122,13 @@ class PrototypePlacement:
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
         """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
-        return {'counts': self.counts.cpu().clone(), 'seen': float(self.seen), 'steps': self.steps,
-                'evenness': self.evenness}
+        return {'counts': self.counts.cpu().clone(), 'seen': float(self.seen), 'steps': self.steps}
 
     def load_state_dict(self, state: dict[str, torch.Tensor | float]) -> None:
         """Take over a state; all processes load the same one."""
         self.counts = state['counts'].to(self.counts.device, copy=True)
         self.seen = torch.full_like(self.seen, state['seen'])
-        self.steps, self.evenness = state['steps'], state['evenness']
+        self.steps = state['steps']
 
 
 def default_evenness(num_classes: int, dim: int) -> float:
@@ -138,9 +141,10 @@ def default_evenness(num_classes: int, dim: int) -> float:
 
 
 def check_evenness(evenness: float, name: str = 'evenness') -> None:
-    """Raise a ValueError unless it is a number of at least 0; infinity is one."""
-    if not isinstance(evenness, (int, float)) or math.isnan(evenness) or evenness < 0:
-        raise ValueError(f'{name} must be at least 0 (math.inf: exactly even), not {evenness!r}.')
+    """Raise a ValueError unless it is a finite number of at least 0."""
+    if not isinstance(evenness, (int, float)) or isinstance(evenness, bool) or not 0 <= evenness < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, not {evenness!r}. (Exactly even prototypes: "
+                         f"recipe 'even'.)")
 
 
 def _curvature(num_classes: int, dim: int) -> float:
@@ -150,7 +154,52 @@ def _curvature(num_classes: int, dim: int) -> float:
     return 2 * UNIFORMITY * num_classes / (num_classes - 1) * (1 + 2 * UNIFORMITY / dim)
 
 
-def _add_up(summand: torch.Tensor) -> None:
-    """In a distributed run, add up what the processes have, in place."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(summand)
+class PlacedWarmup(Warmup):
+    """Moves the prototypes of the classes after each batch; at its end they stay where they are.
+
+    A head, and a checkpoint of it, always has the prototypes that it is trained with.
+
+    Args:
+        heads: See `Warmup`.
+        evenness: See `PrototypePlacement`. Default: `default_evenness`.
+
+    Raises:
+        ValueError: `evenness` is out of range.
+    """
+    name = 'placed'
+    restarts_class_means = True
+
+    def __init__(self, heads: Sequence[DL2PAHead], evenness: float | None = None):
+        super().__init__(heads)
+        head = heads[0]
+        if evenness is None:
+            evenness = default_evenness(head.num_classes, head.dim)
+        check_evenness(evenness)
+        self.placement = PrototypePlacement(head.num_classes, evenness, device=head.prototypes.device)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """`evenness`."""
+        return {'evenness': float(self.placement.evenness)}
+
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+        """Move the prototypes by a batch. See `Warmup.add`."""
+        head = self.heads[0]
+        vectors = self.placement.to(embeddings.device).moved(
+            head.class_prototypes, embeddings, targets, head.current_scale().detach())
+        for head in self.heads:
+            head.move_class_prototypes(vectors)
+
+    def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
+        """Return the assignment in force: nothing is left to solve. See `Warmup.solve`."""
+        head = self.heads[0]
+        objective = float((class_means * head.class_prototypes.cpu().double()).sum())
+        return AssignmentResult(head.assignment.cpu(), 0, objective, objective), None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Warmup.state_dict`. The prototypes are the model's."""
+        return self.placement.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Warmup.load_state_dict`."""
+        self.placement.load_state_dict(state)

@@ -1,0 +1,148 @@
+"""DL2PAConfig: what a head is made from."""
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..options import KINDS, is_kind
+from ..recipes import DEFAULT_RECIPE, find_recipe
+from .neck import NECKS, neck_shapes
+
+__all__ = ['DL2PAConfig', 'default_scale']
+
+TRAIN_OUTPUTS = ('logits', 'embeddings')
+
+# Where a learned scale begins: low, so that young embeddings are not asked to be certain. It grows with training.
+LEARNED_SCALE_START = 4.0
+
+
+def default_scale(num_classes: int) -> float:
+    """Return the scale of the cosines that lets a perfect embedding reach the probability P = 0.9999.
+
+    `(C - 1) / C * log((C - 1) P / (1 - P))`, the lower bound of CosFace (Wang et al. 2018, section 3.3) for class
+    vectors spread as evenly as a simplex: 10.2 for 10 classes, 13.7 for 100, 16.1 for 1,000, 19.2 for 21,841.
+
+    Args:
+        num_classes: C, at least 2.
+
+    Example:
+        >>> round(default_scale(100), 1)
+        13.7
+    """
+    probability = 0.9999
+    return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
+
+
+@dataclass(frozen=True)
+class DL2PAConfig:
+    """What a head is made from: with the head's state dict, enough to build it again.
+
+    Attributes:
+        in_features: Number of backbone features.
+        num_classes: C, at least 2.
+        dim: d, the dimension of the embeddings.
+        num_prototypes: K >= C; None means C.
+        neck: 'linear', 'linear_bn' (batch norm after it) or 'none' (the features are the embedding); None means the
+            recipe's.
+        scale: Factor on the cosines; None means `default_scale(num_classes)`, or 4 to begin with where it is learned.
+        learn_scale: Whether the scale is a parameter; None means the recipe's, where no scale is given and the head
+            returns logits in training.
+        train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
+        seed: Seed of the prototypes, and of a random first assignment.
+        own_prototypes: Whether the prototypes were given or moved, rather than made from the seed.
+        recipe: 'placed', 'even' or 'paper'.
+
+    Raises:
+        ValueError: A value is out of range, or two exclude each other.
+
+    Example:
+        >>> config = DL2PAConfig(in_features=512, num_classes=100, dim=50)
+        >>> config.neck, config.learn_scale, config.num_prototypes
+        ('linear_bn', True, 100)
+    """
+    in_features: int
+    num_classes: int
+    dim: int
+    num_prototypes: int | None = None
+    neck: str | None = None
+    scale: float | None = None
+    learn_scale: bool | None = None
+    train_output: str = 'logits'
+    seed: int = 0
+    own_prototypes: bool = False
+    recipe: str = DEFAULT_RECIPE
+
+    def __post_init__(self) -> None:
+        recipe = find_recipe(self.recipe)
+        for name, least in (('in_features', 1), ('num_classes', 2), ('dim', 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} must be at least {least}, not {getattr(self, name)}.')
+        if self.num_prototypes is None:
+            self._set('num_prototypes', self.num_classes)
+        if self.num_prototypes < self.num_classes:
+            raise ValueError(f'num_prototypes must be at least num_classes={self.num_classes}, '
+                             f'not {self.num_prototypes}.')
+        if self.neck is None:
+            self._set('neck', recipe.neck)
+        if self.neck not in NECKS:
+            raise ValueError(f'neck must be one of {", ".join(NECKS)}, not {self.neck!r}.')
+        if self.neck == 'none' and self.dim != self.in_features:
+            raise ValueError(f"neck='none' uses the features as the embedding, so dim must be their number, "
+                             f"{self.in_features}, not {self.dim}.")
+        if self.train_output not in TRAIN_OUTPUTS:
+            raise ValueError(f'train_output must be one of {", ".join(TRAIN_OUTPUTS)}, not {self.train_output!r}.')
+        if self.learn_scale is None:
+            self._set('learn_scale', recipe.learn_scale and self.scale is None and self.train_output == 'logits')
+        if self.learn_scale and self.train_output == 'embeddings':
+            raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
+        if self.scale is None:
+            self._set('scale', LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes))
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f'scale must be positive and finite, not {self.scale}.')
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def for_classes(self, num_classes: int, num_prototypes: int | None = None) -> 'DL2PAConfig':
+        """Return the config of such a head for another number of classes.
+
+        A scale that was the default for the number of classes becomes the new default. Prototypes are made from the
+        seed, unless their number is given.
+
+        Args:
+            num_classes: C.
+            num_prototypes: Number of prototypes that are given; None means C new ones.
+        """
+        scale = None if self.scale == default_scale(self.num_classes) else self.scale
+        return replace(self, num_classes=num_classes, num_prototypes=num_prototypes, scale=scale,
+                       own_prototypes=num_prototypes is not None)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of a head's state dict, without making one: a config may ask for any size."""
+        neck = neck_shapes(self.neck, self.in_features, self.dim)
+        return {'prototypes': (self.num_prototypes, self.dim), 'assignment': (self.num_classes,),
+                'log_scale' if self.learn_scale else 'scale': (),
+                **{f'neck.{name}': shape for name, shape in neck.items()}}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any], where: str) -> 'DL2PAConfig':
+        """Make a config of what a JSON file says.
+
+        Args:
+            given: Its values, every one of the config's.
+            where: How to call the file in errors.
+
+        Raises:
+            ValueError: A value is missing, unknown, of the wrong type or out of range.
+        """
+        unknown = given.keys() ^ {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f'{where}: the head lacks, or does not know, {", ".join(sorted(unknown))}.')
+        for name, value in given.items():
+            if not is_kind(value, KINDS[name]):
+                raise ValueError(f'{where}: {name} must not be {value!r}.')
+        try:
+            if not math.isfinite(given['scale']):
+                raise ValueError(f'scale must be finite, not {given["scale"]}.')
+            return cls(**given)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f'{where}: {error}') from None

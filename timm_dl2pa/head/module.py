@@ -1,0 +1,351 @@
+"""DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..assignment import check_assignment
+from ..files.saving import SavedModule
+from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
+from ..recipes import DEFAULT_RECIPE, find_recipe
+from . import numerics
+from .config import DL2PAConfig
+from .loading import check_state
+from .neck import load_neck, make_neck
+from .view import TrainingView
+
+__all__ = ['DL2PAHead', 'heads_of']
+
+
+class DL2PAHead(SavedModule, nn.Module):
+    """A classifier head whose class vectors are fixed prototypes on the unit sphere.
+
+    An embedding z is the neck's output divided by its length. The logit of class c is `scale * <z, p_a(c)>`, where p_k
+    are the prototypes and a the assignment (DL2PA, section 3). Lengths, cosines and logits are computed in float32,
+    under autocast and in a bfloat16 or float16 model too; an embedding of length zero has logits and gradients zero.
+
+    Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
+    `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
+    parameter `log_scale` if it is learned.
+
+    In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
+    none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
+    (B, C, H, W); elsewhere any number of dimensions may come before the features. `auxiliary` tells a head from the
+    main one.
+
+    `training_view` is what a training sees of the head: see `TrainingView`. During a warm-up class vectors of its own
+    may stand in for the prototypes in training mode.
+
+    Args:
+        in_features: Number of backbone features.
+        num_classes: C, at least 2.
+        dim: d, which may be far smaller than C.
+        num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
+        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default:
+            `make_prototypes(num_prototypes, dim, seed=seed)`.
+        recipe: 'placed', 'even' or 'paper': sets neck, scale and the first assignment, and what an
+            `AssignmentScheduler` does (`timm_dl2pa.recipes.RECIPES`).
+        neck: 'linear', 'linear_bn' (batch norm after it), or 'none', which needs `dim == in_features`. Default: the
+            recipe's.
+        scale: Factor on the cosines. Default: `default_scale(num_classes)`, the bound of CosFace; learned, from 4 on.
+        learn_scale: Make the scale a parameter, in the log domain so that it stays positive. With cross-entropy that
+            learns much better than a fixed scale: a large scale asks a young network for probabilities near one, which
+            unit embeddings in few dimensions cannot give. Default: the recipe's, where no scale is given.
+        train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
+            then made in evaluation mode only.
+        seed: Seed of the prototypes, and of a random first assignment. The neck's weights are drawn as PyTorch draws
+            those of any layer.
+        device: Where parameters and buffers are made.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range, two exclude each other, or the prototypes are not finite unit rows.
+
+    Example:
+        >>> head = DL2PAHead(in_features=512, num_classes=100, dim=50)
+        >>> head(torch.randn(8, 512)).shape
+        torch.Size([8, 100])
+    """
+
+    prototypes: torch.Tensor
+    assignment: torch.Tensor
+    config_class = DL2PAConfig
+    whole_numbers = ('assignment', 'neck.1.num_batches_tracked')
+    # TorchScript compiles properties, and knows no configs.
+    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes',
+                                 'warming_up')
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            dim: int,
+            *,
+            num_prototypes: int | None = None,
+            prototypes: torch.Tensor | str | os.PathLike | None = None,
+            recipe: str = DEFAULT_RECIPE,
+            neck: str | None = None,
+            scale: float | None = None,
+            learn_scale: bool | None = None,
+            train_output: str = 'logits',
+            seed: int = 0,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if prototypes is not None:
+            if isinstance(prototypes, (str, os.PathLike)):
+                prototypes = load_prototypes(prototypes)
+            prototypes = torch.as_tensor(prototypes).detach()
+            if not prototypes.is_meta:  # of a model whose shapes alone are tried
+                check_prototypes(prototypes, num_classes)
+                prototypes = unit_rows(prototypes)
+            if prototypes.shape[1] != dim:
+                raise ValueError(f'prototypes have {prototypes.shape[1]} dimensions, but dim={dim}.')
+            if num_prototypes not in (None, len(prototypes)):
+                raise ValueError(f'prototypes has {len(prototypes)} rows, but num_prototypes={num_prototypes}.')
+            num_prototypes = len(prototypes)
+        self.config = DL2PAConfig(
+            in_features=in_features,
+            num_classes=num_classes,
+            dim=dim,
+            num_prototypes=num_prototypes,
+            neck=neck,
+            scale=scale,
+            learn_scale=learn_scale,
+            train_output=train_output,
+            seed=seed,
+            own_prototypes=prototypes is not None,
+            recipe=recipe,
+        )
+        if prototypes is None:
+            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=seed)
+
+        device = torch.empty(0, device=device).device  # the default device where none is given
+        self.neck = make_neck(self.config.neck, in_features, dim, device=device, dtype=dtype)
+        if self.config.learn_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale), device=device, dtype=dtype))
+        else:
+            self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
+        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
+        self.register_buffer('assignment', self._first_assignment(device))
+        self.before: nn.Module = nn.Identity()
+        self.channels_first = False
+        self.auxiliary = False
+        self.label_names: list[str] | None = None
+        self.training_view = TrainingView()
+
+    def _first_assignment(self, device: torch.device) -> torch.Tensor:
+        if not find_recipe(self.config.recipe).random_start:
+            return torch.arange(self.num_classes, device=device)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        order = torch.randperm(self.config.num_prototypes, generator=generator, device='cpu')
+        return order[:self.num_classes].to(device)
+
+    @classmethod
+    def from_config(cls, config: DL2PAConfig, prototypes: torch.Tensor | None = None, **kwargs: Any) -> 'DL2PAHead':
+        """Build a head from its config, and from its prototypes where they are at hand: then none are computed.
+
+        Raises:
+            ValueError: The config says that the prototypes were given, and they are not.
+        """
+        if config.own_prototypes and prototypes is None:
+            raise ValueError('this head was made with prototypes of its own: pass them as prototypes=.')
+        arguments = dict(vars(config), prototypes=prototypes, **kwargs)
+        del arguments['own_prototypes']
+        head = cls(**arguments)
+        head.config = config
+        return head
+
+    @classmethod
+    def from_tensors(cls, config: DL2PAConfig, tensors: dict[str, torch.Tensor]) -> 'DL2PAHead':
+        """Build a head from its config and its state dict, whose tensors become its own. Draws no random numbers.
+
+        Raises:
+            RuntimeError: The tensors are no head's.
+            ValueError: Config and tensors contradict each other.
+        """
+        with torch.random.fork_rng(devices=[]):
+            head = cls.from_config(config, torch.eye(config.dim)[:1].expand(config.num_prototypes, -1))
+        head.load_state_dict(tensors, assign=True)
+        if not config.learn_scale and float(tensors['scale']) != torch.tensor(config.scale).item():
+            raise ValueError(f'scale is {float(tensors["scale"])} in the tensors, and {config.scale} in the config.')
+        head.config = config  # to the digit, where the buffer is rounded
+        return head
+
+    def with_classes(self, num_classes: int) -> 'DL2PAHead':
+        """Return a head for another number of classes on the neck of this one: prototypes and assignment are new.
+
+        Args:
+            num_classes: C, at least 2.
+
+        Raises:
+            ValueError: It is less.
+        """
+        like = next(self.neck.parameters(), self.prototypes)
+        with torch.random.fork_rng(devices=[]):
+            other = DL2PAHead.from_config(self.config.for_classes(num_classes), device=like.device, dtype=like.dtype)
+        load_neck(other.neck, self.neck.state_dict())
+        if hasattr(self, 'log_scale'):
+            other.log_scale.data.copy_(self.log_scale.data)
+        return other
+
+    def check_saved_alone(self) -> None:
+        """Raise a ValueError where layers of the backbone's own classifier stand before the neck."""
+        if any(True for _ in self.before.parameters()) or any(True for _ in self.before.buffers()):
+            raise ValueError('layers of the backbone\'s classifier stand before the neck of this head (head.before), '
+                             'and are part of the model: save the whole model.')
+
+    @property
+    def in_features(self) -> int:
+        return self.config.in_features
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def train_output(self) -> str:
+        return self.config.train_output
+
+    @property
+    def class_prototypes(self) -> torch.Tensor:
+        """The prototype of each class, (C, d) float32."""
+        return self.prototypes[self.assignment]
+
+    def current_scale(self) -> torch.Tensor:
+        """Return the factor on the cosines, () float32; with a gradient if it is learned."""
+        return self.log_scale.float().exp() if hasattr(self, 'log_scale') else self.scale
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.
+        """
+        embeddings = numerics.unit_embeddings(self.neck(self._features(x)))
+        return numerics.rows_as_maps(embeddings, x) if self.channels_first else embeddings
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.before(numerics.maps_as_rows(x) if self.channels_first else x)
+
+    def cosines(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return the cosines (B, C), float32, of unit embeddings (B, d) with the prototype of each class.
+
+        In training mode they are those with the `class_vectors` of the training view, where it has some.
+        """
+        vectors = self.prototypes[self.assignment]
+        if not torch.jit.is_scripting() and self.training and self.training_view.class_vectors is not None:
+            vectors = self.training_view.class_vectors
+        return numerics.cosines(embeddings, vectors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        features = self._features(x)
+        embeddings = numerics.unit_embeddings(self.neck(features))
+        if torch.jit.is_scripting():
+            out = self.cosines(embeddings) * self.current_scale()
+        else:
+            view = self.training_view
+            if view.on_features is not None:
+                view.on_features(features.detach())
+            if self.training and view.on_embeddings is not None:
+                view.on_embeddings(embeddings.detach())
+            if self.training and self.train_output == 'embeddings':
+                out = embeddings
+            else:
+                out = self.cosines(embeddings) * self.current_scale()
+        return numerics.rows_as_maps(out, x) if self.channels_first else out
+
+    def train(self, mode: bool = True) -> 'DL2PAHead':
+        """Set the mode, and tell the training view."""
+        super().train(mode)
+        if self.training_view.on_mode is not None:
+            self.training_view.on_mode(mode)
+        return self
+
+    @torch.no_grad()
+    def assign(self, assignment: torch.Tensor, prototypes: torch.Tensor | None = None) -> None:
+        """Give each class c the prototype `assignment[c]`, in place.
+
+        Args:
+            assignment: (C,) whole numbers in 0..K-1, no two the same.
+            prototypes: (K, d) unit rows that take the place of the head's, which `align_prototypes` has rotated.
+
+        Raises:
+            ValueError: They are not that. What was in force stays.
+        """
+        check_assignment(assignment, self.num_classes, len(self.prototypes))
+        if prototypes is not None:
+            check_prototypes(prototypes)
+            if prototypes.shape != self.prototypes.shape:
+                raise ValueError(f'prototypes must have the shape {tuple(self.prototypes.shape)}, '
+                                 f'not {tuple(prototypes.shape)}.')
+            self.prototypes.copy_(unit_rows(prototypes))
+            # The seed alone does not make them again.
+            self.config = replace(self.config, own_prototypes=True)
+        self.assignment.copy_(assignment)
+
+    @torch.no_grad()
+    def move_class_prototypes(self, vectors: torch.Tensor) -> None:
+        """Replace the prototype of each class by a row of `vectors`, (C, d) float32 unit rows, in place and unchecked.
+        """
+        self.prototypes.index_copy_(0, self.assignment, vectors)
+        if not self.config.own_prototypes:
+            self.config = replace(self.config, own_prototypes=True)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether a warm-up is under way: the class vectors of training still move."""
+        return self.training_view.warming_up
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (f'in_features={config.in_features}, num_classes={config.num_classes}, dim={config.dim}, '
+                f'num_prototypes={config.num_prototypes}, scale={config.scale:.4g}'
+                + (', learn_scale=True' if config.learn_scale else '')
+                + (", train_output='embeddings'" if config.train_output == 'embeddings' else ''))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
+        return dict(self.__dict__, training_view=TrainingView())
+
+    def __getattr__(self, name: str) -> Any:
+        # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.
+        if name in ('weight', 'bias'):
+            raise AttributeError(f'a DL2PAHead has no {name}: its class vectors are fixed prototypes, so that there is '
+                                 f'nothing to initialise or scale (--head-init-scale, --head-init-bias).')
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':
+        before = {name: self._buffers[name] for name in ('prototypes', 'scale') if name in self._buffers}
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(
+            self,
+            state_dict: dict[str, Any],
+            prefix: str,
+            local_metadata: dict[str, Any],
+            *args: Any,
+    ) -> None:
+        own = self.state_dict()
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        loaded, config = check_state(self.config, own, given, prefix)
+        state_dict.update((prefix + name, value) for name, value in loaded.items())
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.config = config
+
+
+def heads_of(model: nn.Module) -> list[DL2PAHead]:
+    """Return the DL2PA heads of a model, the main one first."""
+    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
+    return sorted(heads, key=lambda head: head.auxiliary)

@@ -1,0 +1,71 @@
+"""The neck: the layers between a backbone's features and the embedding."""
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+
+__all__ = ['NECKS', 'load_neck', 'make_neck', 'neck_shapes']
+
+NECKS = ('linear', 'linear_bn', 'none')
+
+
+class _LinearBatchNorm(nn.Sequential):
+    """Linear layer and BatchNorm1d, which stays one: timm's `convert_splitbn_model` makes every batch norm of a model a
+    four-dimensional one, which refuses (B, d). (Synchronised batch norm takes any shape, and is let in.)"""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if not isinstance(module, nn.BatchNorm2d):
+            super().add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)  # tokens (B, N, F) are rows like any, but not to BatchNorm1d
+        for module in self:
+            rows = module(rows)
+        return rows.reshape(x.shape[:-1] + rows.shape[-1:])
+
+
+def make_neck(
+        kind: str,
+        in_features: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Return a new neck, (..., in_features) -> (..., dim), with weights drawn as PyTorch draws those of any layer.
+
+    Args:
+        kind: 'linear'; 'linear_bn', with batch norm after the linear layer; or 'none', which needs
+            `dim == in_features`.
+        in_features: Number of backbone features.
+        dim: d.
+        device: Of its parameters.
+        dtype: Of its parameters.
+    """
+    if kind == 'none':
+        return nn.Identity()
+    if kind == 'linear':
+        return nn.Linear(in_features, dim, device=device, dtype=dtype)
+    return _LinearBatchNorm(
+        nn.Linear(in_features, dim, bias=False, device=device, dtype=dtype),
+        nn.BatchNorm1d(dim, device=device, dtype=dtype),
+    )
+
+
+def neck_shapes(kind: str, in_features: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a neck's tensors by their names, without making one: a file may ask for any size."""
+    if kind == 'none':
+        return {}
+    if kind == 'linear':
+        return {'weight': (dim, in_features), 'bias': (dim,)}
+    return {'0.weight': (dim, in_features), '1.num_batches_tracked': (),
+            **{f'1.{name}': (dim,) for name in ('weight', 'bias', 'running_mean', 'running_var')}}
+
+
+def load_neck(neck: nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
+    """Load the tensors of another neck where all of them fit; return whether they did."""
+    own = neck.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+        return False
+    neck.load_state_dict(state)
+    return True

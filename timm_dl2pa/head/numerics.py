@@ -1,0 +1,57 @@
+"""The head's arithmetic in float32, under autocast and in half-precision models too; kept whole by torch.fx."""
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+__all__ = ['cosines', 'maps_as_rows', 'rows_as_maps', 'unit_embeddings']
+
+# Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
+_SHORTEST = 1e-6
+
+
+def _in_float32(tensor: torch.Tensor) -> AbstractContextManager:
+    """Return a context without autocast, for the tensor's device."""
+    # The meta device, where shapes are tried, has no autocast.
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+@torch.fx.wrap
+def unit_embeddings(z: torch.Tensor) -> torch.Tensor:
+    """Divide each row (..., d) by its length, in float32; rows shorter than 1e-6 become zero."""
+    if torch.jit.is_scripting():
+        return _divided_by_length(z)
+    else:
+        with _in_float32(z):
+            return _divided_by_length(z)
+
+
+def _divided_by_length(z: torch.Tensor, shortest: float = _SHORTEST) -> torch.Tensor:
+    z = z.float()
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    # z / inf is zero, and so is its gradient. NaN and infinite entries become NaN, not zero.
+    return z / length.masked_fill(length < shortest, math.inf)
+
+
+@torch.fx.wrap
+def cosines(embeddings: torch.Tensor, class_vectors: torch.Tensor) -> torch.Tensor:
+    """Return the products (..., C), float32, of unit embeddings (..., d) and unit class vectors (C, d)."""
+    if torch.jit.is_scripting():
+        return embeddings.float() @ class_vectors.t()
+    else:
+        with _in_float32(embeddings):
+            return embeddings.float() @ class_vectors.t()
+
+
+@torch.fx.wrap
+def maps_as_rows(maps: torch.Tensor) -> torch.Tensor:
+    """Return maps (B, F, H, W) as rows (B H W, F); rows as they are."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2) if maps.dim() == 4 else maps
+
+
+@torch.fx.wrap
+def rows_as_maps(rows: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Undo `maps_as_rows(maps)`, for rows of any length."""
+    if maps.dim() != 4:
+        return rows
+    return rows.reshape(maps.shape[0], maps.shape[2], maps.shape[3], rows.shape[1]).permute(0, 3, 1, 2)

@@ -1,0 +1,155 @@
+"""The one table of options: what a person may set of a head and of its training.
+
+The dl2pa_... options of `create_model`, `--model-kwargs`, YAML files and `timm-dl2pa run` are made from it, and so are
+the kinds of the values in saved configs and the table in the documentation. The signatures of `wrap_dl2pa`, `DL2PAHead`
+and `AssignmentScheduler` are checked against it by a test.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, find_recipe
+
+__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'is_kind', 'names_of']
+
+PREFIX = 'dl2pa_'
+LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
+# Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
+LOGIT_LOSSES = ('criterion', 'balanced_softmax')
+
+
+def is_kind(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Return whether a value is of a kind; True and False are no numbers."""
+    allows_bool = kinds is bool or (isinstance(kinds, tuple) and bool in kinds)
+    return isinstance(value, kinds) and (allows_bool or not isinstance(value, bool))
+
+
+def _option(scope: str, default: Any, kinds: tuple[type, ...], help: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={'scope': scope, 'kinds': kinds, 'help': help, 'choices': choices})
+
+
+@dataclass(frozen=True)
+class PluginOptions:
+    """What a person may set of the head and of its training in a script of timm's. Each name has the prefix dl2pa_.
+
+    The metadata of a field are its row of the table: `scope` ('head' for arguments of `wrap_dl2pa`, 'scheduler' for
+    those of `AssignmentScheduler`, 'script' for what the plugin alone has), `kinds`, `help` and `choices`.
+
+    Raises:
+        ValueError: A value has the wrong type, or is not one of the choices. Ranges are checked by what the values are
+            for.
+    """
+    recipe: str = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for half of the '
+                          'training), even (the evenly spread set, rotated once) or paper (the published method); sets '
+                          'warm-up, loss, neck and scale', tuple(RECIPES))
+    dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings')
+    num_prototypes: int | None = _option('head', None, (int,), 'K, at least the number of classes (default: that '
+                                         'number)')
+    prototypes: str | None = _option('head', None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa '
+                                     'prototypes --out` writes it (default: made with the seed)')
+    neck: str | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)")
+    scale: float | None = _option('head', None, (int, float), 'factor on the cosines in the logits, which then is fixed '
+                                  '(default: learned, or by the number of classes)')
+    learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if no "
+                                       'scale is given and the loss takes logits)')
+    seed: int = _option('head', 0, (int,), 'of the prototypes')
+    loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
+                               "dot_regression or balanced_softmax (both for long tails), which take its place "
+                               "(default: the recipe's)", LOSSES)
+    loss_weight: float | None = _option('script', None, (int, float), "factor on our losses (default: the recipe's or "
+                                        "the loss's own)")
+    interval: int | str = _option('scheduler', 'epoch', (int, str), "re-solve after each 'epoch', or after so many "
+                                  "batches, or 'every:until,every' batches, e.g. 100:1000,1000")
+    warmup: str | None = _option('scheduler', None, (str,), "placed, rotated or none (default: the recipe's)")
+    warmup_length: int | str | None = _option('scheduler', None, (int, str), "a number of batches, '5 epochs', half or "
+                                              "30% of the training (default: the recipe's)")
+    evenness: float | None = _option('scheduler', None, (int, float), 'how strongly prototypes are kept apart while '
+                                     'they are placed, at least 0 (default: (2 d / C)^2, at most 4)')
+    start: int = _option('scheduler', 0, (int,), 'no re-solve before so many epochs, or batches')
+    stop: int | None = _option('scheduler', None, (int,), 'none after so many; 0 keeps the assignment static (default: '
+                               'never stops)')
+    momentum: float | None = _option('scheduler', None, (int, float), "factor on the class sums after each re-solve "
+                                     "(default: the recipe's)")
+    min_gain: float = _option('scheduler', 0.0, (int, float), 'least gain in the objective, as a share of it, below '
+                              'which nothing moves')
+    background: bool = _option('scheduler', False, (bool,), 'solve beside the training, and take the answer some '
+                               'batches later')
+    lag: int = _option('scheduler', 16, (int,), 'how many batches later')
+    prime: int = _option('script', 0, (int,), 'number of batches at the start that are not trained on, but set '
+                         'assignment and neck by a pretrained backbone; takes the place of the warm-up')
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value, kinds, choices = getattr(self, spec.name), spec.metadata['kinds'], spec.metadata['choices']
+            if value is None and spec.default is None:
+                continue
+            if not is_kind(value, kinds):
+                expected = ' or '.join(kind.__name__ for kind in kinds)
+                raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
+            if choices and value not in choices:
+                raise ValueError(f'{PREFIX}{spec.name} must be one of {", ".join(choices)}, not {value!r}.')
+        recipe = self.recipe_parts
+        if self.loss is None:
+            object.__setattr__(self, 'loss', recipe.loss)
+        if self.prime < 0:
+            raise ValueError(f'{PREFIX}prime must be at least 0, not {self.prime}.')
+        if self.loss in LOGIT_LOSSES and self.loss_weight is not None:
+            raise ValueError(f'{PREFIX}loss_weight is for our losses: it has no meaning with '
+                             f'{PREFIX}loss={self.loss!r}.')
+
+    @property
+    def recipe_parts(self) -> Recipe:
+        """What the recipe sets."""
+        return find_recipe(self.recipe)
+
+    @classmethod
+    def take(cls, arguments: dict[str, Any]) -> 'PluginOptions | None':
+        """Remove the dl2pa_... entries from `arguments` and return them; None if there are none.
+
+        Raises:
+            ValueError: One of them is unknown, or its value is no good.
+        """
+        given = {name: arguments.pop(name) for name in list(arguments) if name.startswith(PREFIX)}
+        return cls.from_mapping(given) if given else None
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> 'PluginOptions':
+        """Return the options of a mapping from dl2pa_... names.
+
+        Raises:
+            ValueError: One of them is unknown, or its value is no good.
+        """
+        known = [PREFIX + spec.name for spec in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            raise ValueError(f'{", ".join(unknown)}: no such option. There are {", ".join(known)}.')
+        return cls(**{name[len(PREFIX):]: value for name, value in given.items()})
+
+    def head_arguments(self) -> dict[str, Any]:
+        """Return those that `wrap_dl2pa` takes. The scale is learned only where the loss depends on it."""
+        arguments = {name: getattr(self, name) for name in names_of('head')}
+        if self.learn_scale is None and self.loss not in LOGIT_LOSSES:
+            arguments['learn_scale'] = False
+        return arguments
+
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """Return those that `AssignmentScheduler` takes."""
+        return {name: getattr(self, name) for name in names_of('scheduler')}
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Return the arguments of a loss of this package: the recipe's where it is the recipe's loss."""
+        recipe = self.recipe_parts
+        weight = {} if self.loss_weight is None else {'weight': self.loss_weight}
+        return {**(recipe.loss_arguments if self.loss == recipe.loss else {}), **weight}
+
+
+def names_of(scope: str) -> tuple[str, ...]:
+    """Return the names of the options of a scope, without the prefix."""
+    return tuple(spec.name for spec in fields(PluginOptions) if spec.metadata['scope'] == scope)
+
+
+# Of the values of a head's config, in a JSON file: those of the table, and what only a made head has.
+KINDS: dict[str, tuple[type, ...]] = {
+    'in_features': (int,), 'num_classes': (int,), 'train_output': (str,), 'own_prototypes': (bool,),
+    **{spec.name: spec.metadata['kinds'] for spec in fields(PluginOptions) if spec.metadata['scope'] == 'head'},
+}

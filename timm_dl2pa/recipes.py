@@ -1,0 +1,68 @@
+"""The three recipes: a word that sets warm-up, class means, loss, neck and scale together."""
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ['DEFAULT_RECIPE', 'RECIPES', 'Recipe', 'find_recipe']
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe sets. Each part can still be given alone.
+
+    Attributes:
+        name: The word.
+        neck: Kind of the head's neck.
+        learn_scale: Whether the scale of the cosines is a parameter.
+        loss: 'criterion' (the training's own, on the logits) or one of this package's losses.
+        loss_arguments: Arguments of that loss.
+        warmup: 'placed', 'rotated' or 'none'.
+        warmup_length: Its length, as `Duration.of` reads it.
+        momentum: Factor on the class sums after each re-solve.
+        memory: Factor on a class's sum for each of its new samples; None: the sums are plain between re-solves.
+        random_start: Whether the first assignment is random. Otherwise class c starts with prototype c.
+    """
+    name: str
+    neck: str = 'linear_bn'
+    learn_scale: bool = True
+    loss: str = 'criterion'
+    loss_arguments: dict[str, Any] = field(default_factory=dict)
+    warmup: str = 'none'
+    warmup_length: str = 'half'
+    momentum: float = 0.5
+    memory: float | None = None
+    random_start: bool = False
+
+
+RECIPES = {recipe.name: recipe for recipe in (
+    # DL2PA, section 3, to the letter: evenly spread prototypes that never move, a random first assignment, class means
+    # as an exponential moving average with momentum 0.9, matching once an epoch, squared cosines summed over the batch.
+    # It leaves out what belongs to the training: optimiser, learning rate, augmentation, and the long-tailed variant
+    # (loss 'dot_regression' with the neck 'linear_bn').
+    Recipe(
+        name='paper',
+        neck='linear',
+        learn_scale=False,
+        loss='squared_cosine',
+        loss_arguments={'reduction': 'sum', 'weight': 1.0},
+        momentum=1.0,
+        memory=0.9,
+        random_start=True,
+    ),
+    # Evenly spread prototypes, rotated as a whole once and matched, then fixed: known margins.
+    Recipe(name='even', warmup='rotated', warmup_length='1 epoch'),
+    # Prototypes move with their classes for half of the training, then they are fixed: accuracy in few dimensions.
+    Recipe(name='placed', warmup='placed', warmup_length='half'),
+)}
+
+DEFAULT_RECIPE = 'placed'
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return the recipe of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f'recipe must be one of {", ".join(RECIPES)}, not {name!r}.')
+    return RECIPES[name]

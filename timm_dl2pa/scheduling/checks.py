@@ -1,0 +1,50 @@
+"""What an AssignmentScheduler refuses: unfit heads, numbers out of range, states that are not its own."""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..head import DL2PAHead
+
+__all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
+
+
+def check_heads(model: nn.Module, heads: Sequence[DL2PAHead]) -> None:
+    """Raise a ValueError unless a model has heads that can share an assignment."""
+    if not heads:
+        raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
+    for other in heads[1:]:
+        if other.num_classes != heads[0].num_classes or not torch.equal(other.prototypes, heads[0].prototypes):
+            raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
+                             'share an assignment: make a scheduler for each head.')
+
+
+def check_numbers(*, start: int, stop: int | None, momentum: float) -> None:
+    """Raise a ValueError if one is out of range."""
+    if start < 0:
+        raise ValueError(f'start must be at least 0, not {start}.')
+    if stop is not None and stop < 0:
+        raise ValueError(f'stop must be at least 0 or None, not {stop}.')
+    if not 0 <= momentum <= 1:
+        raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
+
+
+def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: Any) -> None:
+    """Raise a ValueError unless a state is complete and fits the parts of the scheduler that is to go on from it.
+
+    Args:
+        own: That scheduler's state now.
+        state: The saved one.
+        parts: Class means, resolver and warm-up by their keys in the state, each with a `check_state`. A warm-up that
+            is None belongs to a scheduler that has none.
+    """
+    differ = sorted(own.keys() ^ state.keys())
+    if differ:
+        raise ValueError(f'the saved state of the scheduler lacks, or does not know, {", ".join(differ)}.')
+    for name, part in parts.items():
+        if part is not None:
+            part.check_state(state[name])
+        elif state[name] is not None:
+            raise ValueError(f"the saved state is of the warm-up {state[name].get('name')!r}, and this scheduler has "
+                             f'none: make it with the recipe that it was saved with.')

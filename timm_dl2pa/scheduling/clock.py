@@ -1,0 +1,110 @@
+"""Clock: how far a training has come, in batches, epochs and shares."""
+import math
+import re
+from dataclasses import dataclass
+
+__all__ = ['Clock', 'Duration']
+
+_UNITS = ('batches', 'epochs', 'share')
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A part of a training: a number of batches, of epochs, or a share of the whole.
+
+    Args:
+        count: Batches or epochs, or a share above 0 and below 1. math.inf batches never pass.
+        unit: 'batches', 'epochs' or 'share'.
+
+    Raises:
+        ValueError: The unit is unknown, or the count is out of range.
+    """
+    count: float
+    unit: str = 'batches'
+
+    def __post_init__(self) -> None:
+        if self.unit not in _UNITS:
+            raise ValueError(f'unit must be one of {", ".join(_UNITS)}, not {self.unit!r}.')
+        if not (0 < self.count < 1 if self.unit == 'share' else self.count >= 1):
+            raise ValueError(f'a duration must be at least 1, or a share between 0 and 1, not {self.count} {self.unit}.')
+
+    @classmethod
+    def of(cls, given: 'Duration | float | str', name: str = 'duration') -> 'Duration':
+        """Return the duration that a number or a text stands for.
+
+        Args:
+            given: A number of batches; '2000 batches'; '5 epochs'; 'half' or '30 %' of the training; math.inf.
+            name: Of the argument, for errors.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        if isinstance(given, Duration):
+            return given
+        text = str(given).strip()
+        found = re.fullmatch(r'(\d+) ?(batch|batches|epoch|epochs|)', text)
+        share = re.fullmatch(r'(\d+(?:\.\d+)?) ?%', text)
+        try:
+            if text == 'half':
+                return cls(0.5, 'share')
+            if text == 'inf':
+                return cls(math.inf)
+            if found and not isinstance(given, bool):
+                return cls(int(found[1]), 'epochs' if found[2].startswith('epoch') else 'batches')
+            if share:
+                return cls(float(share[1]) / 100, 'share')
+        except ValueError:
+            pass
+        raise ValueError(f"{name} must be a number of batches >= 1, '5 epochs', 'half' or '30 %' of the training, "
+                         f'or math.inf, not {given!r}.')
+
+    def __str__(self) -> str:
+        if self.unit == 'share':
+            return f'{100 * self.count:g} % of the training'
+        return f'{self.count:g} {self.unit}'
+
+
+class Clock:
+    """Counts the batches and epochs of a training.
+
+    Args:
+        total: Length of the training in batches or epochs, which shares refer to; None where it is not known.
+
+    Raises:
+        ValueError: `total` is a share.
+    """
+
+    def __init__(self, total: Duration | None = None):
+        self.batches = 0
+        self.epochs = 0
+        self.total = total
+
+    @property
+    def total(self) -> Duration | None:
+        """Length of the training, in batches or epochs."""
+        return self._total
+
+    @total.setter
+    def total(self, total: 'Duration | float | str | None') -> None:
+        total = None if total is None else Duration.of(total, 'total')
+        if total is not None and total.unit == 'share':
+            raise ValueError(f'total must be a number of batches or epochs, not {total}.')
+        self._total = total
+
+    def resolve(self, duration: Duration) -> Duration:
+        """Return a duration in batches or epochs: of a share that part of `total`, at least 1.
+
+        Raises:
+            ValueError: It is a share, and `total` is not known.
+        """
+        if duration.unit != 'share':
+            return duration
+        if self.total is None:
+            raise ValueError(f'{duration} needs the length of the training: give total, its number of batches or '
+                             f"'N epochs'.")
+        return Duration(max(1, math.floor(duration.count * self.total.count)), self.total.unit)
+
+    def reached(self, duration: Duration) -> bool:
+        """Return whether a duration, in whatever unit, has passed since the training began."""
+        duration = self.resolve(duration)
+        return (self.epochs if duration.unit == 'epochs' else self.batches) >= duration.count

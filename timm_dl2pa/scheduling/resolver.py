@@ -1,0 +1,193 @@
+"""Resolver: solves the assignment from class means, at once or in a thread beside the training, and puts it in force."""
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from ..assignment import AssignmentResult, solve_assignment
+from ..distributed import rank, solve_on_rank_0
+from ..head import DL2PAHead
+from .background import Background
+from .class_means import ClassMeans, directions_of
+from .clock import Clock
+from .update import AssignmentUpdate
+from .warmup import Warmup
+
+__all__ = ['PendingSolve', 'Resolver']
+
+
+@dataclass
+class PendingSolve:
+    """A solve that runs in the background. Only rank 0 has the class sums, and solves.
+
+    Attributes:
+        step: Batches that had been folded in when it began.
+        epoch: Epochs that were over.
+        take_at: Batches after which its answer is taken.
+        sums: (C, d) float32 class sums; None on other ranks.
+        solver: The thread; None until it is started.
+    """
+    step: int
+    epoch: int
+    take_at: int
+    sums: torch.Tensor | None
+    solver: Background[tuple[AssignmentResult, float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs: the sums, not what was made of them so far."""
+        return {'step': self.step, 'epoch': self.epoch, 'take_at': self.take_at,
+                'sums': None if self.sums is None else self.sums.cpu().clone()}
+
+
+class Resolver:
+    """Holds what a re-solve needs beside the class means: dual prices, the least gain, and a solve that is pending.
+
+    `history` lists what was put in force.
+
+    Args:
+        heads: The heads of a model. The first one's prototypes and assignment count, all get the answer.
+        min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves.
+        lag: After how many batches the answer of a solve in the background is taken.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, heads: Sequence[DL2PAHead], *, min_gain: float = 0.0, lag: int = 16):
+        if not 0 <= min_gain < 1:
+            raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
+        if lag < 1:
+            raise ValueError(f'lag must be at least 1, not {lag}.')
+        self.heads = heads
+        self.min_gain = min_gain
+        self.lag = lag
+        self.history: list[AssignmentUpdate] = []
+        self.prices: torch.Tensor | None = None
+        self.pending: PendingSolve | None = None
+
+    def reset(self) -> None:
+        """Forget prices, and a solve that is pending."""
+        self.prices = self.pending = None
+
+    def resolve(self, class_means: ClassMeans, clock: Clock, warmup: Warmup | None = None) -> AssignmentUpdate:
+        """Solve on rank 0 by class means that are merged there, and put the answer in force on every process.
+
+        Args:
+            class_means: Of the training so far.
+            clock: Of the training.
+            warmup: The warm-up that ends now, which then gives the answer.
+
+        Raises:
+            ValueError: The class means are not finite, or a label was out of range. Nothing was changed.
+        """
+        began = time.perf_counter()
+
+        def solve() -> tuple[AssignmentResult, torch.Tensor | None]:
+            class_means.check()
+            means = class_means.directions()
+            return (self._match(means, self.head.prototypes, self._in_force()), None) if warmup is None else \
+                warmup.solve(means)
+
+        result, prototypes = solve_on_rank_0(solve)
+        return self._put_in_force(result, prototypes, AssignmentUpdate(
+            clock.batches, clock.epochs, result.moved, result.objective_before, result.objective,
+            time.perf_counter() - began, 'resolve' if warmup is None else warmup.name))
+
+    def launch(self, class_means: ClassMeans, clock: Clock) -> None:
+        """Begin a solve in the background, by class means that are merged on rank 0.
+
+        Raises:
+            ValueError: As `resolve`.
+        """
+        solve_on_rank_0(class_means.check)
+        self.pending = PendingSolve(clock.batches, clock.epochs, clock.batches + self.lag,
+                                    class_means.sums.clone() if rank() == 0 else None)
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        pending = self.pending
+        if pending.sums is None:
+            return
+        # A copy: what is loaded into the model meanwhile goes to the same memory.
+        sums, prototypes, start = pending.sums, self.head.prototypes.clone(), self._in_force()
+
+        def solve() -> tuple[AssignmentResult, float]:
+            began = time.perf_counter()
+            result = self._match(directions_of(sums), prototypes, start)
+            return result, time.perf_counter() - began
+
+        pending.solver = Background(solve)
+
+    def take(self, step: int) -> AssignmentUpdate | None:
+        """Put the answer of the solve in the background in force, once `lag` batches have passed; else return None.
+
+        In a distributed run every process must call it at the same step.
+        """
+        pending = self.pending
+        if pending is None:
+            return None
+        if pending.solver is None:
+            self._start_thread()  # resumed from a checkpoint
+        if step < pending.take_at:
+            return None
+        self.pending = None
+        result, seconds = solve_on_rank_0(lambda: pending.solver.result())
+        return self._put_in_force(result, None, AssignmentUpdate(
+            pending.step, pending.epoch, result.moved, result.objective_before, result.objective, seconds))
+
+    @property
+    def head(self) -> DL2PAHead:
+        """The head whose prototypes and assignment count."""
+        return self.heads[0]
+
+    def _in_force(self) -> AssignmentResult:
+        """Return the assignment in force, with the prices of the last solve."""
+        unknown = float('nan')
+        return AssignmentResult(self.head.assignment.cpu(), 0, unknown, unknown, prices=self.prices)
+
+    def _match(self, means: torch.Tensor, prototypes: torch.Tensor, start: AssignmentResult) -> AssignmentResult:
+        """Return the best assignment, or the one in force if the gain is too small."""
+        result = solve_assignment(class_means=means, prototypes=prototypes, start=start)
+        if result.objective - result.objective_before < self.min_gain * abs(result.objective):
+            result = replace(result, assignment=start.assignment, moved=0, objective=result.objective_before,
+                             exact=result.exact and result.moved == 0)
+        return result
+
+    def _put_in_force(self, result: AssignmentResult, prototypes: torch.Tensor | None,
+                      update: AssignmentUpdate) -> AssignmentUpdate:
+        for head in self.heads:
+            head.assign(result.assignment, prototypes)
+        self.prices = result.prices
+        self.history.append(update)
+        return update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return history, prices and the pending solve: tensors on the CPU and plain numbers."""
+        return {'history': [asdict(update) for update in self.history],
+                'prices': None if self.prices is None else self.prices.clone(),
+                'pending': self.pending and self.pending.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless a state is complete and of as many prototypes."""
+        missing = sorted(self.state_dict().keys() ^ state.keys())
+        if missing:
+            raise ValueError(f'the saved state of the re-solves lacks, or does not know, {", ".join(missing)}.')
+        prices, count = state['prices'], len(self.head.prototypes)
+        if prices is not None and len(prices) != count:
+            raise ValueError(f'the saved prices are of {len(prices)} prototypes, not {count}: they are of another head.')
+        pending = state['pending']
+        if pending is not None and pending.keys() != {'step', 'epoch', 'take_at', 'sums'}:
+            raise ValueError(f'the saved pending solve has the entries {", ".join(pending)}.')
+        names = {field.name for field in fields(AssignmentUpdate)}
+        if any(entry.keys() != names for entry in state['history']):
+            raise ValueError(f'an entry of the saved history has not the values {", ".join(sorted(names))}.')
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checked state. In a distributed run all processes load the same one: rank 0 keeps the sums."""
+        self.history = [AssignmentUpdate(**entry) for entry in state['history']]
+        self.prices = None if state['prices'] is None else state['prices'].clone()
+        pending = state['pending']
+        self.pending = None if pending is None else PendingSolve(
+            **{**pending, 'sums': pending['sums'].clone() if rank() == 0 else None})

@@ -1,0 +1,94 @@
+"""Warmup: what an AssignmentScheduler does to the class vectors of a young network, before labels alone move."""
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from ..assignment import AssignmentResult
+from ..head import DL2PAHead
+
+__all__ = ['Warmup']
+
+
+class Warmup(ABC):
+    """The first part of a training, in which class vectors follow the embeddings.
+
+    A scheduler calls `begin` once, `add` for each batch, `solve` (on rank 0) and `end` when the warm-up's length has
+    passed; it knows no subclass by name. A subclass has a table of its settings, which are saved with its state.
+
+    Class attributes:
+        name: The word for it, as in `AssignmentScheduler(warmup=...)` and in `AssignmentUpdate.event`.
+        loss: The loss that it needs, whatever loss the training has: where class vectors follow the embeddings, a loss
+            of distances alone is least where all embeddings are one.
+        restarts_class_means: Whether class means begin again at its end, since embeddings followed moving prototypes.
+
+    Args:
+        heads: The heads of the model; the first is observed, all get the same class vectors.
+    """
+    name: ClassVar[str]
+    loss: ClassVar[str] = 'cross_entropy'
+    restarts_class_means: ClassVar[bool] = False
+
+    def __init__(self, heads: Sequence[DL2PAHead]):
+        self.heads = heads
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What decides its course, as plain numbers by name."""
+        return {}
+
+    def begin(self) -> None:
+        """Tell the heads that it is under way."""
+        for head in self.heads:
+            head.training_view.warming_up = True
+            head.training_view.warmup_loss = self.loss
+
+    @abstractmethod
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+        """Fold a batch in: unit embeddings (B, d), targets (B,) or (B, C) on their device; never waits for the device.
+
+        In a distributed run every process must call it.
+        """
+
+    @abstractmethod
+    def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
+        """Return the assignment at its end, and the prototypes (K, d) if they change with it.
+
+        Args:
+            class_means: (C, d), float64 on the CPU, the means that the scheduler kept.
+        """
+
+    def end(self) -> None:
+        """Leave the heads to their prototypes."""
+        for head in self.heads:
+            head.training_view.warming_up = False
+            head.training_view.warmup_loss = None
+            head.training_view.class_vectors = None
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs: tensors on the CPU and plain numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a checked state; all processes load the same one."""
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ValueError unless a state is of this kind of warm-up, of its settings, and complete."""
+        own = {'name': self.name, 'settings': self.settings, **self.state_dict()}
+        if state.get('name') != self.name:
+            raise ValueError(f"the saved state is of the warm-up {state.get('name')!r}, not {self.name!r}: make the "
+                             f'scheduler with the recipe that it was saved with.')
+        missing = sorted(own.keys() ^ state.keys())
+        if missing:
+            raise ValueError(f"the saved state of the warm-up {self.name!r} lacks, or does not know, "
+                             f'{", ".join(missing)}.')
+        for name, value in self.settings.items():
+            if state['settings'].get(name) != value:
+                raise ValueError(f"the saved state of the warm-up {self.name!r} has {name}="
+                                 f"{state['settings'].get(name)!r}, the scheduler {value!r}: make it with the same.")
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor) and getattr(state[name], 'shape', None) != value.shape:
+                raise ValueError(f"the saved state of the warm-up {self.name!r} is of another head: {name} has the "
+                                 f"shape {tuple(getattr(state[name], 'shape', ()))}, not {tuple(value.shape)}.")
