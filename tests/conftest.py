@@ -5,7 +5,9 @@ os.environ['TIMM_DL2PA_CACHE'] = 'off'
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+from tests.helpers.hub_server import Hub
 from timm_dl2pa import DL2PAHead
 
 
@@ -24,3 +26,19 @@ def make_head():
             return DL2PAHead(in_features, num_classes, dim, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A small Hub on loopback, which huggingface_hub's client takes for the real one."""
+    with Hub() as hub:
+        monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                            hub.url + '/{repo_id}/resolve/{revision}/{filename}')
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub cache'))
+        monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
+        monkeypatch.delenv('HF_TOKEN', raising=False)
+        # The client waits between attempts.
+        monkeypatch.setattr('time.sleep', lambda _: None)
+        yield hub

@@ -2,11 +2,12 @@ import copy
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import reference
+from tests.helpers.largest_output import LargestOutput
 from timm_dl2pa import BalancedSoftmaxLoss, DL2PAHead, DotRegressionLoss, SquaredCosineLoss
 
 B, C, D = 9, 6, 4
@@ -100,7 +101,6 @@ def test_in_float32_under_autocast(loss):
 
 
 def test_hard_targets_cost_nothing_over_all_classes():
-    from test_class_means import LargestOutput
     head = DL2PAHead(5, 5000, 4, train_output='embeddings',
                      prototypes=torch.nn.functional.normalize(torch.randn(5000, 4)))
     x, labels, criterion = torch.randn(8, 5), torch.randint(0, 5000, (8,)), SquaredCosineLoss(head)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_hub_heads import hub  # noqa: F401  the fixture
 
 import timm_dl2pa
 
@@ -77,7 +76,7 @@ def test_readme_has_every_option_of_the_plugin():
 
 @pytest.mark.timm
 @pytest.mark.filterwarnings('ignore:.*HTTP upload')
-def test_readmes_python_runs(monkeypatch, tmp_path, hub):  # noqa: F811
+def test_readmes_python_runs(monkeypatch, tmp_path, hub):
     """Each Python block, in order, in one namespace; weights and data are made at random, the Hub is the tests'."""
     import timm
     import torch

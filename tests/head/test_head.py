@@ -4,11 +4,11 @@ import math
 import pickle
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import reference
 from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, default_scale, make_prototypes
 
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import reference
 from timm_dl2pa import make_prototypes, prototype_quality, uniformity
 from timm_dl2pa.prototypes import check_prototypes
 

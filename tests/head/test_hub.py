@@ -9,7 +9,6 @@ import warnings
 import pytest
 import timm
 import torch
-from hub_server import Hub
 from huggingface_hub import constants, errors
 from safetensors.torch import load, save
 
@@ -17,21 +16,6 @@ from timm_dl2pa import DL2PAHead, load_head, make_prototypes, push_head_to_hub, 
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*HTTP upload')
 LABELS = list('abcdef')
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
-                            hub.url + '/{repo_id}/resolve/{revision}/{filename}')
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
-        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub cache'))
-        monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
-        monkeypatch.delenv('HF_TOKEN', raising=False)
-        # The client waits between attempts.
-        monkeypatch.setattr('time.sleep', lambda _: None)
-        yield hub
 
 
 @pytest.fixture(params=['linear', 'linear_bn', 'none'])

@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
-from stand_in import train
-from test_hub_heads import hub  # noqa: F401  the fixture
 
+from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, push_head_to_hub, push_model_to_hub, wrap_dl2pa
-from timm_dl2pa import card as card_room
 from timm_dl2pa.cli import main
+from timm_dl2pa.files import card as card_room
 from timm_dl2pa.files.card import Facts, Training, card_files
 from timm_dl2pa.files.card_picture import plane_of
 from timm_dl2pa.timm_scripts import plugged_in
@@ -57,7 +56,7 @@ def test_license(head, given, backbone, license, name):
     assert (data.license, data.get('license_name')) == (license, name)
 
 
-def test_loading_lines_run(head, hub, monkeypatch):  # noqa: F811
+def test_loading_lines_run(head, hub, monkeypatch):
     torch.manual_seed(0)
     model = wrap_dl2pa(timm.create_model('test_resnet.r160_in1k', num_classes=5), 3).eval()
     push_model_to_hub(model, 'me/model', token='hf_writer')
@@ -153,14 +152,14 @@ def change(path, **values):
     torch.save(checkpoint, path)
 
 
-def pushed(hub, path, *options):  # noqa: F811
+def pushed(hub, path, *options):
     hub.repositories.pop('me/model', None)
     main(['push', str(path), 'me/model', '--model', 'test_resnet.r160_in1k', *options])
     files = hub.files('me/model')
     return files['README.md'].decode(), ModelCard(files['README.md'].decode()).data
 
 
-def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):  # noqa: F811
+def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     task, run = trained
     path = run / 'last.pth.tar'
@@ -191,7 +190,7 @@ def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):  # noqa: F81
     assert data.eval_results[0].metric_value == pytest.approx(top1 / 100)
 
 
-def test_a_checkpoint_measured_otherwise(hub, trained, monkeypatch):  # noqa: F811
+def test_a_checkpoint_measured_otherwise(hub, trained, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     _, run = trained
     path = run / 'last.pth.tar'
@@ -205,7 +204,7 @@ def test_a_checkpoint_measured_otherwise(hub, trained, monkeypatch):  # noqa: F8
     assert results[1].metric_value == 0.8
 
 
-def test_args_yaml_serves_where_the_checkpoint_has_none(hub, trained, monkeypatch):  # noqa: F811
+def test_args_yaml_serves_where_the_checkpoint_has_none(hub, trained, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     _, run = trained
     path = run / 'last.pth.tar'

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import reference
+from tests.helpers.largest_output import LargestOutput
 from timm_dl2pa import ClassMeans
 from timm_dl2pa.scheduling.class_means import RunningClassMeans
 
@@ -148,22 +148,6 @@ def test_state_round_trip_to_the_bit():
     assert torch.equal(means.sums, again.sums)
     with pytest.raises(ValueError, match=r'shape \(6, 4\), not \(6, 5\)'):
         ClassMeans(C, D + 1).load_state_dict(state)
-
-
-class LargestOutput(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes anew."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func._schema.name.endswith('_'):  # index_add_ returns the table that it changed in B rows
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    self.largest = max(self.largest, tensor.numel())
-        return out
 
 
 def test_no_work_over_all_classes_with_hard_labels():

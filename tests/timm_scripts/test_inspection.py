@@ -2,8 +2,8 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from stand_in import make_model, train
 
+from tests.helpers.stand_in import make_model, train
 from timm_dl2pa import save_model
 from timm_dl2pa.cli import main
 from timm_dl2pa.prototypes import make_prototypes

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
+from tests.helpers import reference
 from timm_dl2pa import align_prototypes, make_prototypes, solve_assignment
 from timm_dl2pa.assignment.solve import check_assignment
 

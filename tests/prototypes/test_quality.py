@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-import reference
 import torch
 
+from tests.helpers import reference
 from timm_dl2pa import make_prototypes, max_cosine_lower_bound, prototype_quality
 from timm_dl2pa.prototypes import energy, quality
 

@@ -7,22 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+from tests.helpers.scheduling import feed, paper_rule
 from timm_dl2pa import AssignmentScheduler, ClassMeans, SquaredCosineLoss, align_prototypes, solve_assignment
 from timm_dl2pa.scheduling.class_means import RunningClassMeans
-
-
-def paper_rule(model, *args, **kwargs):
-    """Without a warm-up."""
-    return AssignmentScheduler(model, *args, warmup=0, **kwargs)
-
-
-def feed(model, scheduler, seed, rows=32):
-    """One batch whose features point where class (label) says, so that a re-solve has something to find."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 7, (rows,), generator=generator)
-    corners = torch.randn(7, 12, generator=torch.Generator().manual_seed(99))
-    model(corners[labels] + 0.1 * torch.randn(rows, 12, generator=generator))
-    return scheduler.step(labels)
 
 
 def test_due_resolve_runs_at_the_next_batch_before_it_is_folded_in(make_head):

@@ -8,14 +8,14 @@ import pytest
 import timm
 import torch
 from huggingface_hub import errors
-from stand_in import train
-from test_hub_heads import LABELS, hub  # noqa: F401  the fixture
 
+from tests.helpers.stand_in import train
 from timm_dl2pa import fold_dl2pa, load_head, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
 from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore:.*HTTP upload')]
+LABELS = list('abcdef')
 RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
 MODELS = {
     'test_resnet': dict(in_chans=1),
@@ -43,7 +43,7 @@ def logits(model, arguments):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_round_trip(hub, name, monkeypatch):  # noqa: F811
+def test_round_trip(hub, name, monkeypatch):
     arguments = MODELS[name]
     model = make(name, arguments)
     expected, state = logits(model, arguments), torch.get_rng_state()
@@ -66,7 +66,7 @@ def test_round_trip(hub, name, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.skipif(not RECORDS, reason='this timm does not record the arguments of a model')
-def test_timms_own_push(hub):  # noqa: F811
+def test_timms_own_push(hub):
     for name in ('test_resnet', 'test_vit'):
         model = make(name, MODELS[name])
         timm.models.push_to_hf_hub(model, 'me/model', token='hf_writer', safe_serialization=True)
@@ -75,7 +75,7 @@ def test_timms_own_push(hub):  # noqa: F811
         assert torch.equal(logits(load_model('me/model'), MODELS[name]), logits(model, MODELS[name]))
 
 
-def test_another_number_of_classes(hub, caplog):  # noqa: F811
+def test_another_number_of_classes(hub, caplog):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
     found = timm.create_model('hf-hub:me/model', pretrained=True, num_classes=20).eval()
@@ -88,7 +88,7 @@ def test_another_number_of_classes(hub, caplog):  # noqa: F811
     assert gram.fill_diagonal_(0).max() < 0.95  # spread, not those that stood in for the file's
 
 
-def test_folded_needs_timm_alone(hub, tmp_path):  # noqa: F811
+def test_folded_needs_timm_alone(hub, tmp_path):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/plain', folded=True, label_names=LABELS, token='hf_writer')
     config = json.loads(hub.files('me/plain')['config.json'])
@@ -102,7 +102,7 @@ def test_folded_needs_timm_alone(hub, tmp_path):  # noqa: F811
     assert done.stdout.strip() == str(logits(model, {}).argsort().tolist()), done.stderr
 
 
-def test_wrong_arguments_are_found_before_anything_is_sent(hub):  # noqa: F811
+def test_wrong_arguments_are_found_before_anything_is_sent(hub):
     model = make('test_vit', dict(img_size=32))
     with pytest.raises(ValueError, match=r'Give model_args, those of timm\.create_model'):
         push_model_to_hub(model, 'me/model', model_args=dict(img_size=32, patch_size=8), token='hf_writer')
@@ -117,7 +117,7 @@ def test_wrong_arguments_are_found_before_anything_is_sent(hub):  # noqa: F811
     assert not hub.requests
 
 
-def test_a_model_that_would_come_back_changed_is_not_sent(hub, monkeypatch):  # noqa: F811
+def test_a_model_that_would_come_back_changed_is_not_sent(hub, monkeypatch):
     model, create_model = make('test_resnet', {}), timm.create_model
 
     def change(*args, **kwargs):
@@ -133,7 +133,7 @@ def test_a_model_that_would_come_back_changed_is_not_sent(hub, monkeypatch):  # 
     assert not hub.requests
 
 
-def test_a_failed_upload(hub):  # noqa: F811
+def test_a_failed_upload(hub):
     model = make('test_resnet', {})
     hub.faults[:] = [('POST', '/commit/', 403)] * 20
     with pytest.raises(RuntimeError, match='me/model was made, but the upload failed'):
@@ -147,7 +147,7 @@ def test_a_failed_upload(hub):  # noqa: F811
     ('POST', '/preupload/', 500), ('POST', '/objects/batch', 429),
     ('PUT', '/lfs/', 403), ('PUT', '/lfs/', 503), ('PUT', '/lfs/', 'cut'), ('POST', '/lfs/verify', 404),
     ('POST', '/commit/', 409), ('POST', '/commit/', 412)])
-def test_a_failed_upload_leaves_what_was_there(hub, method, path, status):  # noqa: F811
+def test_a_failed_upload_leaves_what_was_there(hub, method, path, status):
     push_model_to_hub(make('test_resnet', {}), 'me/model', token='hf_writer')
     before = dict(hub.files('me/model'))
     other = wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3)
@@ -167,7 +167,7 @@ def timms_loader(source):
 
 
 @pytest.mark.parametrize('load', [load_model, timms_loader])
-def test_a_pickle_alone_is_refused(hub, load, monkeypatch):  # noqa: F811
+def test_a_pickle_alone_is_refused(hub, load, monkeypatch):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
     files = {**hub.files('me/model'), 'pytorch_model.bin': b'evil'}
@@ -182,7 +182,7 @@ def test_a_pickle_alone_is_refused(hub, load, monkeypatch):  # noqa: F811
     assert not any(path.endswith('.bin') for _, path in hub.requests)
 
 
-def test_corrupted_and_truncated_downloads(hub, tmp_path):  # noqa: F811
+def test_corrupted_and_truncated_downloads(hub, tmp_path):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
     hub.faults[:] = [('GET', 'model.safetensors', 'corrupted')]
@@ -199,7 +199,7 @@ def test_corrupted_and_truncated_downloads(hub, tmp_path):  # noqa: F811
     assert torch.equal(logits(load_model('me/model', cache_dir=tmp_path / 'other'), {}), logits(model, {}))
 
 
-def test_revisions_private_repositories_and_pull_requests(hub, tmp_path):  # noqa: F811
+def test_revisions_private_repositories_and_pull_requests(hub, tmp_path):
     first, second = make('test_resnet', {}), wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3).eval()
     push_model_to_hub(first, 'me/model', token='hf_writer', private=True)
     commit = hub.repositories['me/model'].branches['main']
@@ -228,7 +228,7 @@ def test_revisions_private_repositories_and_pull_requests(hub, tmp_path):  # noq
 
 
 @pytest.mark.parametrize('status', [429, 500, 503])
-def test_a_busy_hub(hub, status):  # noqa: F811
+def test_a_busy_hub(hub, status):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
     hub.faults[:] = [('HEAD', 'config.json', status)] * 20
@@ -236,7 +236,7 @@ def test_a_busy_hub(hub, status):  # noqa: F811
         load_model('me/model')
 
 
-def test_no_token_is_logged(hub, tmp_path):  # noqa: F811
+def test_no_token_is_logged(hub, tmp_path):
     script = """
 import logging, timm, timm_dl2pa
 logging.basicConfig(level=logging.DEBUG)
@@ -256,7 +256,7 @@ for push in (timm_dl2pa.push_model_to_hub, timm_dl2pa.push_head_to_hub):
     assert 'hf_writer' not in done.stdout + done.stderr and 'hf_reader' not in done.stdout + done.stderr
 
 
-def test_offline(hub, tmp_path):  # noqa: F811
+def test_offline(hub, tmp_path):
     """HF_HUB_OFFLINE in the environment of a process of its own."""
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
@@ -293,7 +293,7 @@ for load in (timm_dl2pa.load_head, timm_dl2pa.load_model):
     assert not hub.requests
 
 
-def test_a_folder_is_what_the_hub_has(hub, tmp_path):  # noqa: F811
+def test_a_folder_is_what_the_hub_has(hub, tmp_path):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer', label_names=LABELS)
     save_model(model, tmp_path / 'model', label_names=LABELS)
@@ -303,7 +303,7 @@ def test_a_folder_is_what_the_hub_has(hub, tmp_path):  # noqa: F811
     assert files == {name: sent[name] for name in ('config.json', 'model.safetensors')}
 
 
-def test_a_repository_that_cannot_be_seen_was_not_made(hub):  # noqa: F811
+def test_a_repository_that_cannot_be_seen_was_not_made(hub):
     model = make('test_resnet', {})
     hub.put('me/model', {'a': b'a'})
     hub.faults[:] = [('GET', '/api/models/me/model$', 'unseen'), ('POST', '/preupload/', 403)]
@@ -317,7 +317,7 @@ def test_a_repository_that_cannot_be_seen_was_not_made(hub):  # noqa: F811
     assert 'was made' not in str(caught.value) and 'me/other' not in hub.repositories
 
 
-def test_the_head_of_a_model_alone(hub):  # noqa: F811
+def test_the_head_of_a_model_alone(hub):
     model = make('test_resnet', {})
     push_head_to_hub(model, 'me/head', label_names=LABELS, token='hf_writer')
     twin = timm.create_model('test_resnet', num_classes=2)
@@ -346,7 +346,7 @@ def test_a_models_registry_name_comes_and_goes():
     assert model.pretrained_cfg['architecture'] == 'dl2pa'
 
 
-def test_other_channels(hub):  # noqa: F811
+def test_other_channels(hub):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')
     found = timm.create_model('hf-hub:me/model', pretrained=True, in_chans=1).eval()
@@ -354,7 +354,7 @@ def test_other_channels(hub):  # noqa: F811
     assert torch.equal(found.fc.assignment, model.fc.assignment) and logits(found, dict(in_chans=1)).shape == (2, 6)
 
 
-def test_command_pushes_a_folder(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_command_pushes_a_folder(hub, tmp_path, capsys, monkeypatch):
     model = make('test_vit', MODELS['test_vit'])
     folder = str(save_model(model, tmp_path / 'model', model_args=MODELS['test_vit'], label_names=LABELS))
     monkeypatch.setenv('HF_TOKEN', 'hf_reader')
@@ -372,7 +372,7 @@ def test_command_pushes_a_folder(hub, tmp_path, capsys, monkeypatch):  # noqa: F
     assert load_head('me/head').label_names == LABELS
 
 
-def test_a_closed_door_is_said_in_words(hub):  # noqa: F811
+def test_a_closed_door_is_said_in_words(hub):
     """The client's own words: none of ours hide them."""
     model = make('test_resnet', {})
     hub.repositories.clear()
@@ -383,7 +383,7 @@ def test_a_closed_door_is_said_in_words(hub):  # noqa: F811
             load_model('me/model')
 
 
-def test_command_pushes_a_training(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_command_pushes_a_training(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     with plugged_in():
         task = train(tmp_path, dl2pa_dim=3, dl2pa_neck='linear_bn')

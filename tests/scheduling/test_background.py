@@ -5,10 +5,11 @@ import threading
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from test_scheduler import feed, paper_rule
 
-from timm_dl2pa import AssignmentScheduler, ClassMeans, Schedule, scheduler, solve_assignment
+from tests.helpers.scheduling import feed, paper_rule
+from timm_dl2pa import AssignmentScheduler, ClassMeans, Schedule, solve_assignment
 from timm_dl2pa.assignment.matching import generation, sparse
+from timm_dl2pa.scheduling import scheduler
 from timm_dl2pa.scheduling.background import Background
 
 

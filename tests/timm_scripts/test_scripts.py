@@ -386,7 +386,7 @@ def test_inspect(training):
     assert 'interval=3' in said and '5 classes, 5 prototypes in 3 dimensions' in said and 're-solves in' in said
 
 
-RECIPES = sorted((Path(__file__).parents[1] / 'benchmarks' / 'recipes').glob('*.yaml'))
+RECIPES = sorted((Path(__file__).parents[2] / 'benchmarks' / 'recipes').glob('*.yaml'))
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.stem)

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_dl2pa import align_prototypes, alignment, make_prototypes, solve_assignment
+from timm_dl2pa import align_prototypes, make_prototypes, solve_assignment
+from timm_dl2pa.assignment import alignment
 
 
 def rotation(dim, seed):

@@ -7,8 +7,8 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from stand_in import train
 
+from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, fold_dl2pa, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
 from timm_dl2pa.head.head import heads_of

@@ -1,4 +1,4 @@
-"""The plugin in timm's tasks, savers and summaries. (tests/test_scripts.py runs timm's own scripts.)"""
+"""The plugin in timm's tasks, savers and summaries. (test_scripts.py runs timm's own scripts.)"""
 import argparse
 import csv
 import logging
@@ -13,7 +13,6 @@ import timm.models._factory as factory
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from stand_in import BATCH, BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
 from timm import utils
 from timm.data import Mixup
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
@@ -26,6 +25,7 @@ from timm.task import (
     TrainingTask,
 )
 
+from tests.helpers.stand_in import BATCH, BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
 from timm_dl2pa import (
     AssignmentScheduler,
     DL2PAHead,

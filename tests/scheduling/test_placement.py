@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from stand_in import BATCHES, train
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, placement
+from tests.helpers.stand_in import BATCHES, train
+from timm_dl2pa import AssignmentScheduler, DL2PAHead
+from timm_dl2pa.scheduling import placement
 from timm_dl2pa.scheduling.placement import PrototypePlacement, default_evenness
 from timm_dl2pa.timm_scripts import plugged_in
 
