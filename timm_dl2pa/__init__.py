@@ -1,14 +1,9 @@
 """Hyperspherical classification with dynamic label-to-prototype assignment (DL2PA, CVPR 2024) for timm models."""
-from .assignment.alignment import AlignmentResult, align_prototypes
-from .assignment.solve import AssignmentResult, solve_assignment
-from .head.head import DL2PAConfig, DL2PAHead, default_scale
-from .head.head_files import load_head
+from .assignment import AlignmentResult, AssignmentResult, align_prototypes, solve_assignment
+from .head import DL2PAConfig, DL2PAHead, default_scale, load_head
 from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
-from .models.folding import fold_dl2pa
-from .models.push import push_head_to_hub, push_model_to_hub
+from .models import fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from .models.registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
-from .models.saved import load_model, save_model
-from .models.wrapping import wrap_dl2pa
 from .prototypes import (
     load_prototypes,
     make_prototypes,
@@ -17,12 +12,8 @@ from .prototypes import (
     save_prototypes,
     uniformity,
 )
-from .scheduling.class_means import ClassMeans
-from .scheduling.priming import prime
-from .scheduling.schedule import Schedule
-from .scheduling.scheduler import AssignmentScheduler, AssignmentUpdate
-
-__version__ = '0.1.0'
+from .scheduling import AssignmentScheduler, AssignmentUpdate, ClassMeans, Schedule, prime
+from .version import __version__  # noqa: F401
 
 __all__ = [
     'AlignmentResult',

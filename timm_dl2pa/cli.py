@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from timm.utils import ParseKwargs
 
-from . import __version__
+from .version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,18 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from .head.head import DL2PAHead
-from .models.saved import save_model
-from .models.wrapping import wrap_dl2pa
-from .scheduling.scheduler import AssignmentScheduler
+from .head import DL2PAHead
+from .models import save_model, wrap_dl2pa
+from .scheduling import AssignmentScheduler
 
 BATCH_SIZE = 64
 DIGITS_SIZE = 32
 # A label can still move while the embeddings are young: re-solve densely, but only through the first epochs. So few
 # batches between two re-solves make noisy means: most of the sums is kept.
 RESOLVES_AN_EPOCH = 8
-RESOLVED_EPOCHS = 3
-MOMENTUM = 0.9
 HEADS = {
     'linear': 'linear classifier',
     'static': 'fixed prototypes, static',
@@ -186,9 +183,7 @@ def _train(network: nn.Module, run: Run, title: str, images: Dataset, epochs: in
         scheduler = AssignmentScheduler(
             network,
             interval=max(1, len(loader) // RESOLVES_AN_EPOCH),
-            stop=RESOLVED_EPOCHS * len(loader),
-            momentum=MOMENTUM,
-            warmup=0,
+            total=epochs * len(loader),
         )
     classifiers = network.get_classifier()
     classifiers = [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)

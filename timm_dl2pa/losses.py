@@ -1,8 +1,10 @@
 """The paper's two losses, on whatever a DL2PA head returns in training, and a cross-entropy for long tails."""
+import warnings
+
 import torch
 import torch.nn as nn
 
-from .head.head import DL2PAHead
+from .head import DL2PAHead
 
 __all__ = ['BalancedSoftmaxLoss', 'DotRegressionLoss', 'SquaredCosineLoss']
 
@@ -14,8 +16,9 @@ class _PrototypeLoss(nn.Module):
 
     Which of the two an output is, is decided by the head's `train_output` and mode, never by its shape.
 
-    During the scheduler's warm-up, whose class vectors follow the embeddings, a loss of distances alone would be least
-    where all embeddings are one. It is the cross-entropy of the scaled cosines then.
+    A warm-up may need another loss, as the head's training view tells: where class vectors follow the embeddings, a
+    loss of distances alone is least where all embeddings are one. Then it is the cross-entropy of the scaled cosines,
+    without `weight`, and a warning says so once.
     """
 
     def __init__(self, head: DL2PAHead, reduction: str, weight: float):
@@ -28,6 +31,7 @@ class _PrototypeLoss(nn.Module):
                              f'gradient: make the head with learn_scale=False.')
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, not {reduction!r}.')
+        self._warned = False
         self._head = (head,)  # in a tuple, so that the head's parameters do not become the loss's
         self.reduction = reduction
         self.weight = weight
@@ -36,8 +40,15 @@ class _PrototypeLoss(nn.Module):
     def head(self) -> DL2PAHead:
         return self._head[0]
 
-    def _warming_up(self) -> bool:
-        return self.head.training and self.head.warming_up
+    def _needs_cross_entropy(self) -> bool:
+        return self.head.training and self.head.training_view.warmup_loss == 'cross_entropy'
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f'{type(self).__name__} is the cross-entropy of the scaled cosines, without its weight, until '
+                          f'the warm-up ends: class vectors follow the embeddings till then. (No warm-up: '
+                          f"recipe='paper', or warmup='none'.)", stacklevel=4)
 
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and
@@ -54,7 +65,7 @@ class _PrototypeLoss(nn.Module):
                              f'({len(output)}, {head.num_classes}), not of the shape {tuple(targets.shape)}.')
         if targets.ndim == 1 and targets.is_floating_point():
             raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices, not {targets.dtype}.')
-        warmup = self._warming_up()
+        warmup = self._needs_cross_entropy()
         if not embedded:
             chosen = output if targets.ndim == 2 or warmup else output.gather(1, targets.long().unsqueeze(1)).squeeze(1)
             return chosen.float() / head.current_scale()
@@ -71,8 +82,9 @@ class _PrototypeLoss(nn.Module):
             targets: Class indices (B,), or soft targets (B, C).
         """
         cosines = self._cosines(output, targets)
-        if not self._warming_up():
+        if not self._needs_cross_entropy():
             return self._reduce(self.weight * self._per_sample(cosines, targets))
+        self._warn_once()
         logits = self.head.current_scale() * cosines
         return self._reduce(nn.functional.cross_entropy(
             logits, targets.long() if targets.ndim == 1 else targets.to(logits.dtype), reduction='none'))

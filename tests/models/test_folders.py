@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm_dl2pa.head.head import heads_of
 
 from timm_dl2pa import load_model, save_model, save_prototypes, wrap_dl2pa
 from timm_dl2pa import prototypes as prototypes_room
 from timm_dl2pa.cli import main
-from timm_dl2pa.head.head import heads_of
 from timm_dl2pa.models.model_files import SavedModel
 from timm_dl2pa.timm_scripts import plugged_in
 

@@ -7,11 +7,11 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from timm_dl2pa.head.head import heads_of
 
 from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, fold_dl2pa, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
-from timm_dl2pa.head.head import heads_of
 from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = pytest.mark.timm

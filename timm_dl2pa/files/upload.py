@@ -13,10 +13,10 @@ def upload(
         repo_id: str,
         *,
         commit_message: str,
-        private: bool | None,
-        token: str | bool | None,
-        revision: str | None,
-        create_pr: bool,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
 ) -> str:
     """Send files in one commit, the card only where there is none, and return the commit's address."""
     from huggingface_hub import CommitOperationAdd, HfApi

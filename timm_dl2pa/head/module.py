@@ -240,9 +240,12 @@ class DL2PAHead(SavedModule, nn.Module):
         In training mode they are those with the `class_vectors` of the training view, where it has some.
         """
         vectors = self.prototypes[self.assignment]
-        if not torch.jit.is_scripting() and self.training and self.training_view.class_vectors is not None:
-            vectors = self.training_view.class_vectors
-        return numerics.cosines(embeddings, vectors)
+        if torch.jit.is_scripting():
+            return numerics.cosines(embeddings, vectors)
+        else:
+            if self.training and self.training_view.class_vectors is not None:
+                vectors = self.training_view.class_vectors
+            return numerics.cosines(embeddings, vectors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""

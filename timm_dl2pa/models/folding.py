@@ -4,7 +4,7 @@ import copy
 import torch
 import torch.nn as nn
 
-from ..head.head import DL2PAHead, heads_of
+from ..head import DL2PAHead, heads_of
 from .wrapping import RemovedLinear, loose_tensors, record_in_registrys_terms, set_module
 
 __all__ = ['fold_dl2pa']

@@ -16,26 +16,27 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from ..assignment.solve import check_assignment
+from ..assignment import check_assignment
 from ..files.folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_finite,
+    check_format,
     check_label_names,
-    is_kind,
     read_config,
     read_tensors,
     sha256_of,
 )
-from ..head.head import DL2PAConfig, heads_of
-from ..head.head_files import KINDS, check_format, head_config
+from ..head import DL2PAConfig, head_prefixes, heads_of
+from ..options import KINDS, PREFIX, is_kind
 from ..prototypes import check_prototypes
-from .wrapping import REGISTRY_NAME, REGISTRY_PREFIX, backbone_name, registry_options, wrap_dl2pa
+from ..version import __version__
+from .wrapping import REGISTRY_NAME, backbone_name, registry_options, wrap_dl2pa
 
 __all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'read_model']
 
-# 1: what save_model wrote at first, a format of its own; 2: timm's, with what is ours under a key of its own.
-_FORMAT = 2
+# Of what is ours in timm's config, under a key of its own.
+_FORMAT = 1
 _KEY = 'timm_dl2pa'
 
 # What a model's config may say of its data, with the kinds of the values; the rest of timm's pretrained_cfg is the
@@ -125,14 +126,13 @@ def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.T
     tensors = read_tensors(
         folder / WEIGHTS_NAME, origin, {name: tuple(tensor.shape) for name, tensor in state.items()},
         {name for name, tensor in state.items() if not tensor.is_floating_point()}, saved.digest)
-    for path, module in plan.named_modules():
-        if module not in heads_of(plan):
-            continue
+    for prefix in head_prefixes(tensors):
+        config = plan.get_submodule(prefix.rstrip('.')).config
         try:
-            check_prototypes(tensors[f'{path}.prototypes'])
-            check_assignment(tensors[f'{path}.assignment'], module.num_classes, module.config.num_prototypes)
+            check_prototypes(tensors[f'{prefix}prototypes'])
+            check_assignment(tensors[f'{prefix}assignment'], config.num_classes, config.num_prototypes)
         except ValueError as error:
-            raise ValueError(f'{origin}: {WEIGHTS_NAME}: {path}.{error}') from None
+            raise ValueError(f'{origin}: {WEIGHTS_NAME}: {prefix}{error}') from None
     return saved, tensors
 
 
@@ -143,7 +143,7 @@ def _check_head(saved: SavedModel, plan: nn.Module, origin: str) -> None:
     in_features = heads_of(plan)[0].in_features
     expected = {**registry_options(saved.head), 'in_features': saved.head.in_features,
                 'num_classes': saved.head.num_classes}
-    given = {**{REGISTRY_PREFIX + name: value for name, value in saved.options.items()}, 'in_features': in_features,
+    given = {**{PREFIX + name: value for name, value in saved.options.items()}, 'in_features': in_features,
              'num_classes': saved.num_classes}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
@@ -154,7 +154,7 @@ def _check_head(saved: SavedModel, plan: nn.Module, origin: str) -> None:
 def check_backbone(name: Any) -> None:
     """Raise a ValueError unless a backbone's name is one of timm's registry: no folder, no repository, not ours."""
     if not isinstance(name, str) or name.partition('.')[0] == REGISTRY_NAME or not timm.is_model(name):
-        raise ValueError(f'{REGISTRY_PREFIX}backbone must be a name of timm\'s registry, as timm.list_models() has '
+        raise ValueError(f'{PREFIX}backbone must be a name of timm\'s registry, as timm.list_models() has '
                          f'them, not {name!r}.')
 
 
@@ -169,8 +169,6 @@ def check_backbone_arguments(arguments: dict[str, Any]) -> None:
 def _read_saved(folder: Path, origin: str) -> SavedModel:
     config = read_config(folder, origin)
     where = f'{origin}: {CONFIG_NAME}'
-    if is_kind(config.get('format'), int) and 'head' in config and 'library_name' not in config:
-        config = _from_format_1(config, where)
     if config.get('architecture') != REGISTRY_NAME:
         name = config.get('architecture')
         hint = ' It is that of a head alone: load it with load_head.' if config.get('library_name') == _KEY else \
@@ -184,7 +182,7 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
             raise ValueError(f'{where}: {name} must not be {value!r}.')
     arguments = dict(arguments)
     try:
-        check_backbone(arguments.pop(f'{REGISTRY_PREFIX}backbone', None))
+        check_backbone(arguments.pop(f'{PREFIX}backbone', None))
         check_backbone_arguments(arguments)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from None
@@ -193,26 +191,26 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
         raise ValueError(f'{where} does not say, once and for all, how many classes there are.')
     label_names = config.get('label_names', data.get('label_names'))
     check_label_names(label_names, num_classes, f'{where}: label_names')
-    options = {name.removeprefix(REGISTRY_PREFIX): arguments.pop(name) for name in list(arguments)
-               if name.startswith(REGISTRY_PREFIX)}
+    options = {name.removeprefix(PREFIX): arguments.pop(name) for name in list(arguments)
+               if name.startswith(PREFIX)}
     options.pop('prototypes', None)  # a file of the one who made the model: they are among the weights
     defaults = {name: parameter.default for name, parameter in inspect.signature(wrap_dl2pa).parameters.items()}
     for name, value in options.items():
         if name not in KINDS or name not in defaults or not (is_kind(value, KINDS[name]) or value is defaults[name]):
-            raise ValueError(f'{where}: {REGISTRY_PREFIX}{name} must not be {value!r}.')
+            raise ValueError(f'{where}: {PREFIX}{name} must not be {value!r}.')
     head = versions = digest = None
     if ours:
         check_format(ours.get('format'), _FORMAT, origin)
         if not isinstance(ours.get('head'), dict):
             raise ValueError(f'{where}: {_KEY} has no head.')
-        head = head_config(ours['head'], origin)
+        head = DL2PAConfig.from_json(ours['head'], where)
         versions, digest = ours.get('versions'), ours.get('weights_sha256')
         if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
             raise ValueError(f'{where}: versions must not be {versions!r}.')
         if not isinstance(digest, str | None):
             raise ValueError(f'{where}: weights_sha256 must not be {digest!r}.')
     return SavedModel(
-        backbone=config['model_args'][f'{REGISTRY_PREFIX}backbone'],
+        backbone=config['model_args'][f'{PREFIX}backbone'],
         arguments=arguments,
         options={'dim': defaults['dim'], **options},
         num_classes=num_classes,
@@ -239,23 +237,6 @@ def _data(given: dict[str, Any], where: str) -> dict[str, Any]:
         if not fine:
             raise ValueError(f'{where}: {name} must not be {value!r}.')
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-
-
-def _from_format_1(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the config of an older save_model as one of today."""
-    check_format(config['format'], 1, where.partition(':')[0])
-    for name, kind in (('head', dict), ('model_args', dict), ('architecture', str)):
-        if not isinstance(config.get(name), kind):
-            raise ValueError(f'{where} has no valid {name!r}.')
-    head = head_config(config['head'], where)
-    backbone = {f'{REGISTRY_PREFIX}backbone': config['architecture']}
-    return {
-        'architecture': REGISTRY_NAME,
-        'num_classes': head.num_classes,
-        'label_names': config.get('label_names'),
-        'model_args': {**config['model_args'], **registry_options(head), **backbone},
-        _KEY: {'format': 1, 'head': config['head'], 'versions': config.get('versions', {})},
-    }
 
 
 @contextmanager
@@ -307,9 +288,8 @@ def _config(
         folder: Path,
 ) -> dict[str, Any]:
     """Write the config as timm does, with what is ours; return it."""
-    from .. import __version__
     heads = heads_of(model)
-    ours = {**registry_options(heads[0].config), f'{REGISTRY_PREFIX}backbone': backbone_name(model)} if heads else {}
+    ours = {**registry_options(heads[0].config), f'{PREFIX}backbone': backbone_name(model)} if heads else {}
     try:
         json.dumps(model_args)
     except TypeError as error:
@@ -318,7 +298,7 @@ def _config(
     if options and 'data_config' not in inspect.signature(save_config_for_hf).parameters:
         raise ValueError(f'data_config needs timm 1.0.31 or newer, not {timm.__version__}.')
     # timm adds what it has recorded: of ours, also what concerns training and a file of prototypes.
-    recorded = [name for name in getattr(model, '_model_args', {}) if name.startswith(REGISTRY_PREFIX)]
+    recorded = [name for name in getattr(model, '_model_args', {}) if name.startswith(PREFIX)]
     path = folder / CONFIG_NAME
     extra: dict[str, Any] = {'label_names': label_names} if label_names else {}
     if heads:
@@ -332,7 +312,7 @@ def _config(
                        **options)
     config = json.loads(path.read_text(encoding='utf-8'))
     arguments = {name: value for name, value in (config.get('model_args') or {}).items()
-                 if name in ours or not name.startswith(REGISTRY_PREFIX)}
+                 if name in ours or not name.startswith(PREFIX)}
     config['model_args'] = arguments
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     return config

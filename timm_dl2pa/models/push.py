@@ -1,15 +1,13 @@
 """Heads and models on the Hugging Face Hub: one commit with all files, or none."""
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..files.card import CARD_NAME, PICTURE_NAME, Facts, Training, card_files
+from ..files.card import Facts, Training, card_files
 from ..files.folder import check_label_names
-from ..head.head import heads_of
-from ..head.head_files import head_files
+from ..files.upload import upload
+from ..head import heads_of
 from .folding import fold_dl2pa
 from .model_files import model_stage
 from .saved import check_savable
@@ -69,14 +67,12 @@ def push_head_to_hub(
         raise ValueError(f'{type(model_or_head).__name__} has no DL2PAHead: wrap it with wrap_dl2pa first.')
     head = heads[0]
     if label_names is None:
-        label_names = getattr(model_or_head, 'label_names', None) or getattr(head, 'label_names', None)
-    contents = head_files(head, label_names)
-    facts = Facts(
-        backbone=backbone_name(model_or_head), label_names=label_names, base_model=base_model, metrics=metrics,
-        license=license, backbone_license=_license_of(model_or_head), class_means=class_means, training=training)
-    contents.update(card_files(head, repo_id, facts, kind='head'))
-    return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
-                  create_pr=create_pr)
+        label_names = getattr(model_or_head, 'label_names', None)
+    return head.push_to_hub(
+        repo_id, label_names=label_names, base_model=base_model, metrics=metrics, license=license,
+        class_means=class_means, training=training, backbone=backbone_name(model_or_head),
+        backbone_license=_license_of(model_or_head), commit_message=commit_message, private=private, token=token,
+        revision=revision, create_pr=create_pr)
 
 
 def push_model_to_hub(

@@ -9,7 +9,8 @@ import torch.nn as nn
 from timm.models import PretrainedCfg, load_pretrained, register_model
 
 from ..files.folder import find_files
-from ..head.head import default_scale, heads_of
+from ..head import default_scale, head_prefixes, load_neck
+from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
 from .model_files import SavedModel, check_backbone, check_backbone_arguments, read_model
 from .wrapping import wrap_dl2pa
@@ -18,10 +19,8 @@ __all__ = ['dl2pa']
 
 _logger = logging.getLogger(__name__)
 
-_PREFIX = 'dl2pa_'
 _SOURCES = ('source', 'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
-_OPTIONS = tuple(name for name in inspect.signature(wrap_dl2pa).parameters
-                 if name not in ('model', 'num_classes', 'head'))
+_OPTIONS = (*names_of('head'), 'train_output')
 
 
 @register_model
@@ -58,11 +57,11 @@ def dl2pa(
                          f"dl2pa_backbone='{dl2pa_backbone}.{pretrained_cfg}'.")
     check_backbone(dl2pa_backbone)
     source_args = kwargs.pop('pretrained_model_args', None) or {}  # a config's, which timm has merged with the caller's
-    options = {name.removeprefix(_PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(_PREFIX)}
+    options = {name.removeprefix(PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
     unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
-        raise ValueError(f'{", ".join(_PREFIX + name for name in unknown)}: no such option. There are '
-                         f'{", ".join(_PREFIX + name for name in _OPTIONS)}. (What concerns training takes the plugin, '
+        raise ValueError(f'{", ".join(PREFIX + name for name in unknown)}: no such option. There are '
+                         f'{", ".join(PREFIX + name for name in _OPTIONS)}. (What concerns training takes the plugin, '
                          f'timm_dl2pa.plugin.)')
     given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
     given.update(pretrained_cfg_overlay or {})
@@ -138,16 +137,14 @@ def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, tor
     if sizes == {model.num_classes}:
         return state
     kept = True
-    for path, module in model.named_modules():
-        if module not in heads_of(model):
-            continue
-        config = module.config
-        points = make_prototypes(config.num_prototypes, config.dim, seed=config.seed)
-        module.assign(module.assignment, points)
-        for name, own in module.state_dict(prefix=f'{path}.').items():
-            fits = name in state and state[name].shape == own.shape
-            if not name.startswith((f'{path}.neck.', f'{path}.before.')) or not fits:
-                kept = kept and not name.startswith(f'{path}.neck.')
+    for prefix in head_prefixes(model.state_dict()):
+        head = model.get_submodule(prefix.rstrip('.'))
+        head.assign(head.assignment, make_prototypes(head.config.num_prototypes, head.dim, seed=head.config.seed))
+        necks = {name.removeprefix(f'{prefix}neck.'): value for name, value in state.items()
+                 if name.startswith(f'{prefix}neck.')}
+        kept = load_neck(head.neck, necks) and kept
+        for name, own in head.state_dict(prefix=prefix).items():
+            if not name.startswith(f'{prefix}before.') or name not in state or state[name].shape != own.shape:
                 state[name] = own
     _logger.warning(f'the weights are of {sizes.pop()} classes, the model has {model.num_classes}: its head starts anew'
                     + (', on the neck that was loaded.' if kept else '.'))

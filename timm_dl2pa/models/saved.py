@@ -1,5 +1,6 @@
 """Whole models in a folder or a Hub repository, in timm's own format: saved, and loaded with care."""
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..files.folder import find_files, replace_files
-from ..head.head import DL2PAHead, heads_of
-from ..head.head_files import with_classes
+from ..head import DL2PAHead, heads_of
 from .model_files import model_stage, read_model
 from .wrapping import backbone_name, replace_classifiers
 
@@ -128,15 +128,13 @@ def load_model(
 
 
 def _change_classes(model: nn.Module, num_classes: int, origin: str) -> None:
-    """Put heads for another number of classes on the necks of a model, and warn once."""
+    """Put heads for another number of classes on the necks of a model, and warn."""
+    warnings.warn(f'{origin} is a model of {model.num_classes} classes, not {num_classes}: backbone and neck are kept, '
+                  f'prototypes and assignment are new.', stacklevel=3)
     old = iter(heads_of(model))
-    main = next(old)
-    first = with_classes(main, num_classes, origin)
 
     def make_head(in_features: int, **place: Any) -> DL2PAHead:
-        nonlocal first
-        head, first = first or with_classes(next(old), num_classes, None), None
-        return head
+        return next(old).with_classes(num_classes)
 
     replace_classifiers(model, make_head)
     model.label_names = None

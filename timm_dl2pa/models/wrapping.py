@@ -2,6 +2,7 @@
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..head.head import DL2PAConfig, DL2PAHead, default_scale, heads_of
-from ..head.head_files import fits, load_head, with_classes
+from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
+from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
+from ..recipes import DEFAULT_RECIPE
 
 __all__ = ['replace_classifiers', 'wrap_dl2pa']
 
@@ -200,7 +202,7 @@ def replace_classifiers(
     return model
 
 
-REGISTRY_NAME, REGISTRY_PREFIX = 'dl2pa', 'dl2pa_'
+REGISTRY_NAME = 'dl2pa'
 
 
 def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> None:
@@ -212,7 +214,7 @@ def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> N
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
         return
     arguments = dict(getattr(model, '_model_args', {}))
-    own = {name: arguments.pop(name) for name in list(arguments) if name.startswith(REGISTRY_PREFIX)}
+    own = {name: arguments.pop(name) for name in list(arguments) if name.startswith(PREFIX)}
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
     backbone = own.get('dl2pa_backbone') or cfg['architecture'] + tag
     if config is None:
@@ -227,12 +229,12 @@ def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> N
 
 def registry_options(config: DL2PAConfig) -> dict[str, Any]:
     """Return the options that timm's registry makes a head by, but for its prototypes."""
-    options = {f'{REGISTRY_PREFIX}{name}': getattr(config, name)
-               for name in ('dim', 'neck', 'scale', 'learn_scale', 'seed')}
+    options = {PREFIX + name: getattr(config, name) for name in names_of('head')
+               if name not in ('num_prototypes', 'prototypes')}
     if config.num_prototypes != config.num_classes:
-        options[f'{REGISTRY_PREFIX}num_prototypes'] = config.num_prototypes
+        options[f'{PREFIX}num_prototypes'] = config.num_prototypes
     if config.train_output != 'logits':
-        options[f'{REGISTRY_PREFIX}train_output'] = config.train_output
+        options[f'{PREFIX}train_output'] = config.train_output
     return options
 
 
@@ -286,13 +288,7 @@ class _ResetClassifier:
         spare = old.num_prototypes > old.num_classes  # then a part of the points is meant to serve
         if points is not None and len(points) != num_classes and not (spare and len(points) > num_classes):
             points = None
-        config = replace(
-            old,
-            num_classes=num_classes,
-            num_prototypes=None if points is None else len(points),
-            scale=None if old.scale == default_scale(old.num_classes) else old.scale,
-            own_prototypes=points is not None,
-        )
+        config = old.for_classes(num_classes, None if points is None else len(points))
         if points is None:
             points = make_prototypes(config.num_prototypes, config.dim, seed=config.seed)
 
@@ -309,12 +305,13 @@ def wrap_dl2pa(
         model: nn.Module,
         dim: int = 128,
         *,
+        recipe: str = DEFAULT_RECIPE,
         num_classes: int | None = None,
         num_prototypes: int | None = None,
         prototypes: torch.Tensor | str | os.PathLike | None = None,
-        neck: str = 'linear',
+        neck: str | None = None,
         scale: float | None = None,
-        learn_scale: bool = False,
+        learn_scale: bool | None = None,
         train_output: str = 'logits',
         seed: int = 0,
         head: DL2PAHead | str | os.PathLike | None = None,
@@ -334,12 +331,16 @@ def wrap_dl2pa(
     Args:
         model: A timm classification model; also one without classes (`num_classes=0`) or an already wrapped one.
         dim: d, the dimension of the embeddings, which may be far smaller than the number of classes.
+        recipe: 'placed', 'even' or 'paper': sets neck, scale and the first assignment, and what an
+            `AssignmentScheduler` of the model does.
         num_classes: C. Default: the model's.
         num_prototypes: K >= C. Default: C.
         prototypes: (K, d) unit rows of your own, or a safetensors file of them. Default: made by `make_prototypes`.
         neck: 'linear', 'linear_bn' (batch norm after it), or 'none' where the features already have d dimensions.
-        scale: Factor on the cosines in the logits. Default: by the number of classes, see `default_scale`.
-        learn_scale: Make the scale a parameter.
+            Default: the recipe's.
+        scale: Factor on the cosines in the logits, which then is fixed. Default: learned, or by the number of classes,
+            see `default_scale`.
+        learn_scale: Make the scale a parameter. Default: the recipe's, if no scale is given.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes.
         seed: Seed of the prototypes.
         head: A trained head, or where `load_head` finds one: a folder or a repository of the Hub. The other arguments
@@ -357,7 +358,7 @@ def wrap_dl2pa(
     """
     _check_has_classifier(model)
     if head is not None:
-        others = dict(num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
+        others = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
                       learn_scale=learn_scale, train_output=train_output, seed=seed)
         return _wrap_with(model, head, num_classes, dim, others)
     if num_classes is None:
@@ -374,6 +375,7 @@ def wrap_dl2pa(
         first = DL2PAHead(
             num_classes=num_classes,
             dim=dim,
+            recipe=recipe,
             num_prototypes=num_prototypes,
             prototypes=prototypes,
             neck=neck,
@@ -406,12 +408,16 @@ def _wrap_with(
     if given:
         raise ValueError(f'{", ".join(given)} cannot be given together with head=, which has its own: leave it out.')
     if num_classes not in (None, head.num_classes):
-        head = with_classes(head, num_classes, origin, stacklevel=4)
+        warnings.warn(f'{origin} is a head of {head.num_classes} classes, not {num_classes}: its neck is kept, '
+                      f'prototypes and assignment are new.', stacklevel=3)
+        head = head.with_classes(num_classes)
 
     def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
-        fits(head, model, in_features)
+        if head.in_features != in_features:
+            raise ValueError(f'head takes {head.in_features} features, but the classifier of {type(model).__name__} is '
+                             f'given {in_features}: it was trained on another backbone.')
         return copy.deepcopy(head).to(device, dtype)
 
     model = replace_classifiers(model, make_head, head.num_classes)
-    model.label_names = getattr(head, 'label_names', None)
+    model.label_names = head.label_names
     return model

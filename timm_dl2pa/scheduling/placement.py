@@ -167,7 +167,7 @@ class PlacedWarmup(Warmup):
         ValueError: `evenness` is out of range.
     """
     name = 'placed'
-    restarts_class_means = True
+    moves_prototypes = True
 
     def __init__(self, heads: Sequence[DL2PAHead], evenness: float | None = None):
         super().__init__(heads)

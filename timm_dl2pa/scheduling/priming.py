@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from ..assignment.alignment import align_prototypes
-from ..head.head import DL2PAHead, heads_of
+from ..assignment import align_prototypes
+from ..distributed import add_over_ranks, broadcast_from_rank_0, rank
+from ..head import DL2PAHead, heads_of
 from .class_means import shares_of
 from .scheduler import AssignmentScheduler
 
@@ -35,7 +35,7 @@ class _Features:
         self.sums = torch.zeros(head.num_classes, head.in_features, **kind)
         self.squares = torch.zeros(head.in_features, head.in_features, **kind)
         self.features: torch.Tensor | None = None
-        head.feature_observer = self._observe
+        head.training_view.on_features = self._observe
 
     def _observe(self, features: torch.Tensor) -> None:
         self.features = features
@@ -60,9 +60,7 @@ class _Features:
 
     def gather(self) -> None:
         """Add up the processes' sums."""
-        if dist.is_available() and dist.is_initialized():
-            for total in (self.counts, self.sums, self.squares):
-                dist.all_reduce(total)
+        add_over_ranks(self.counts, self.sums, self.squares)
 
     def solution(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return the centre (F,), the centred class means (C, F), which classes were seen (C,), and the covariance
@@ -103,7 +101,7 @@ class Primer:
     def close(self) -> None:
         """Observe no longer."""
         for head in self.heads:
-            head.feature_observer = None
+            head.training_view.on_features = None
 
     @torch.no_grad()
     def finish(self, scheduler: AssignmentScheduler | None = None) -> float:
@@ -122,13 +120,11 @@ class Primer:
         if head.config.neck == 'none':
             # No neck could take the centre away.
             aligned = align_prototypes(_unit_rows(means + np.where(seen[:, None], centre, 0.0)), head.prototypes)
-            answer = [(aligned.assignment, aligned.prototypes, aligned.objective / seen.sum())]
+            answer = aligned.assignment, aligned.prototypes, aligned.objective / seen.sum()
         else:
-            answer = [_fit(means, covariance, head.prototypes)]
-        if dist.is_available() and dist.is_initialized():
-            # The sums are equal everywhere, but processors may differ in the last bit.
-            dist.broadcast_object_list(answer, src=0)
-        assignment, prototypes, explained = answer[0]
+            answer = _fit(means, covariance, head.prototypes)
+        # The sums are equal everywhere, but processors may differ in the last bit.
+        assignment, prototypes, explained = broadcast_from_rank_0(answer)
         for head, solution in zip(self.heads, solutions):
             head.assign(assignment, prototypes)
             if head.config.neck != 'none':
@@ -143,7 +139,7 @@ class Primer:
 
     def load_state_dict(self, state: list[dict[str, torch.Tensor]]) -> None:
         """Go on from a state. In a distributed run all processes load the same one: rank 0 keeps it."""
-        keep = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        keep = rank() == 0
         for found, saved in zip(self._statistics, state, strict=True):
             for name in _SUMS:
                 getattr(found, name).copy_(saved[name] if keep else torch.zeros_like(saved[name]))
@@ -195,7 +191,7 @@ def prime(
     # DistributedDataParallel's own forward would wait for the other processes, whose parts may be smaller.
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     first = next(inner.parameters(), heads[0].prototypes)
-    quiet = not progress or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0)
+    quiet = not progress or rank() != 0
     total = len(loader) if hasattr(loader, '__len__') else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)

@@ -169,7 +169,7 @@ class AssignmentScheduler:
             self.resolver.launch(self.class_means, self.clock)
         else:
             update = self.resolver.resolve(self.class_means, self.clock, self.warmup)
-        self.class_means.decay(0.0 if self.warmup and self.warmup.restarts_class_means else self.momentum)
+        self.class_means.decay(0.0 if self.warmup and self.warmup.moves_prototypes else self.momentum)
         self.leave_warmup()
         return update
 

@@ -21,14 +21,15 @@ class Warmup(ABC):
         name: The word for it, as in `AssignmentScheduler(warmup=...)` and in `AssignmentUpdate.event`.
         loss: The loss that it needs, whatever loss the training has: where class vectors follow the embeddings, a loss
             of distances alone is least where all embeddings are one.
-        restarts_class_means: Whether class means begin again at its end, since embeddings followed moving prototypes.
+        moves_prototypes: Whether it moves the heads' prototypes after each batch. Then class means begin again at its
+            end: what was summed is of embeddings that followed moving prototypes.
 
     Args:
         heads: The heads of the model; the first is observed, all get the same class vectors.
     """
     name: ClassVar[str]
     loss: ClassVar[str] = 'cross_entropy'
-    restarts_class_means: ClassVar[bool] = False
+    moves_prototypes: ClassVar[bool] = False
 
     def __init__(self, heads: Sequence[DL2PAHead]):
         self.heads = heads

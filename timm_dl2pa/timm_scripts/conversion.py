@@ -10,13 +10,10 @@ from timm.models import clean_state_dict
 
 from ..files.card import Training
 from ..files.folder import CONFIG_NAME
-from ..head.head import heads_of
-from ..models.folding import fold_dl2pa
-from ..models.push import push_head_to_hub, push_model_to_hub
-from ..models.saved import load_model
-from ..models.wrapping import backbone_name, wrap_dl2pa
+from ..head import head_prefixes, heads_of
+from ..models import backbone_name, fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, wrap_dl2pa
+from ..options import PREFIX, PluginOptions
 from .inspection import read_checkpoint
-from .options import PREFIX, PluginOptions
 from .record import class_means_of, metrics_of, read_training
 
 __all__ = ['fold_checkpoint', 'load_wrapped', 'push_checkpoint']
@@ -56,8 +53,7 @@ def load_wrapped(
     if use_ema and 'state_dict_ema' not in checkpoint:
         raise ValueError(f'{path} has no averaged weights (state_dict_ema): leave --use-ema out.')
     state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
-    prefix = next((name.removesuffix('prototypes') for name in state if name.endswith('.prototypes')
-                   and name.removesuffix('prototypes') + 'assignment' in state), None)
+    prefix = next(iter(head_prefixes(state)), None)
     if prefix is None:
         raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
     said = checkpoint.get('args')

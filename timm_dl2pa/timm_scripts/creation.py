@@ -9,9 +9,9 @@ import torch.nn as nn
 from timm.layers import is_scriptable
 from timm.models import load_state_dict
 
-from ..head.head import DL2PAHead
-from ..models.wrapping import wrap_dl2pa
-from .options import PREFIX, PluginOptions
+from ..head import head_prefixes, load_neck
+from ..models import wrap_dl2pa
+from ..options import PREFIX, PluginOptions
 
 __all__ = ['create_registered', 'create_wrapped', 'plugin_options']
 
@@ -47,8 +47,7 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
     head_state: dict[str, torch.Tensor] = {}
     if arguments.get('pretrained') and source and Path(source).suffix not in ('.npz', '.npy'):
         state = load_state_dict(source)
-        prefixes = tuple(name.removesuffix('prototypes') for name in state
-                         if name.endswith('.prototypes') and name.removesuffix('prototypes') + 'assignment' in state)
+        prefixes = tuple(head_prefixes(state))
         if prefixes:
             # Without the old head, so that timm sees the file of a backbone.
             head_state = {name: state.pop(name) for name in list(state) if name.startswith(prefixes)}
@@ -81,16 +80,10 @@ def create_registered(make_model: Callable[..., nn.Module], options: PluginOptio
 def _keep_neck(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Load the old neck into every head that it fits, whole, and say what was kept."""
     kept = True
-    for name, head in model.named_modules():
-        if not isinstance(head, DL2PAHead):
-            continue
-        prefix = f'{name}.neck.'
-        old = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        new = head.neck.state_dict()
-        if {key: value.shape for key, value in old.items()} == {key: value.shape for key, value in new.items()}:
-            head.neck.load_state_dict(old)
-        else:
-            kept = False
+    for prefix in head_prefixes(model.state_dict()):
+        neck = f'{prefix}neck.'
+        old = {key.removeprefix(neck): value for key, value in state.items() if key.startswith(neck)}
+        kept = load_neck(model.get_submodule(neck.rstrip('.')), old) and kept
     taken = 'backbone and its neck were taken over' if kept else 'backbone was taken over, its neck does not fit'
-    _logger.warning(f'{source} is of a model with a DL2PA head: its {taken}; the rest of the head starts anew. '
+    _logger.warning(f'{source} is of a model with a DL2PA head: its {taken}; the rest of the head is new. '
                     f'(--initial-checkpoint and --resume load the whole model.)')

@@ -16,7 +16,7 @@ import timm.models._factory as factory
 import timm.utils
 import torch.nn as nn
 
-from .options import PluginOptions
+from ..options import PluginOptions
 
 __all__ = ['install', 'plugged_in', 'uninstall']
 

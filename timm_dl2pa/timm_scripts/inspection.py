@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
-from ..assignment.solve import check_assignment, restore_whole_numbers
+from ..assignment import check_assignment, restore_whole_numbers
+from ..head import head_prefixes
+from ..options import PREFIX
 from ..prototypes import check_prototypes, unit_rows
 from ..prototypes.nearest import margins
-from .options import PREFIX
 
 __all__ = ['inspect_checkpoint', 'read_checkpoint']
 
@@ -50,8 +51,7 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
     """
     checkpoint = read_checkpoint(Path(path))
     state = clean_state_dict(checkpoint['state_dict'])
-    heads = [name.removesuffix('prototypes') for name in state
-             if name.endswith('prototypes') and name.removesuffix('prototypes') + 'assignment' in state]
+    heads = head_prefixes(state)
     if not heads:
         raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
     arguments = checkpoint.get('args')
@@ -85,13 +85,15 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
         yield 'assignment     no history in this file'
     else:
         count = len(assignment)
-        yield (f'assignment     {len(scheduler["history"])} re-solves in {scheduler["steps"]} batches, '
+        history = scheduler['resolver']['history']
+        solves = sum(entry['event'] == 'resolve' for entry in history)
+        yield (f'assignment     {solves} re-solves in {scheduler["steps"]} batches, '
                f'{scheduler["epochs"] + bool(task["batches"])} epochs' + (', one is due' if scheduler['due'] else ''))
         yield f'{"epoch":>7} {"batch":>8} {"moved":>6} {"objective per class":>21} {"seconds":>8}'
-        for entry in scheduler['history']:
+        for entry in history:
             before, after = entry['objective_before'] / count, entry['objective'] / count
             yield (f'{entry["epoch"]:>7} {entry["step"]:>8} {entry["moved"]:>6} {before:>9.4f} -> {after:>8.4f} '
-                   f'{entry["seconds"]:>8.2f}')
+                   f'{entry["seconds"]:>8.2f}' + ('' if entry['event'] == 'resolve' else f'   {entry["event"]}'))
 
     prototypes, assignment = state[heads[0] + 'prototypes'], state[heads[0] + 'assignment'].long()
     angles, nearest = margins(unit_rows(prototypes).float()[assignment])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..files.card import Training
-from ..scheduling.class_means import ClassMeans
+from ..scheduling.class_means import directions_of
 
 __all__ = ['class_means_of', 'metrics_of', 'read_training']
 
@@ -48,7 +48,7 @@ def read_training(path: Path, checkpoint: dict[str, Any]) -> Training:
         _logger.warning(f'{path.with_name("summary.csv")} is not of the same run as {path.name}, and left out.')
         epochs = []
     return Training(epoch=checkpoint.get('epoch'), epochs=epochs, settings=settings,
-                    history=scheduler.get('history', []))
+                    history=(scheduler.get('resolver') or {}).get('history', []))
 
 
 def metrics_of(training: Training, checkpoint: dict[str, Any], use_ema: bool) -> dict[str, float]:
@@ -75,12 +75,10 @@ def metrics_of(training: Training, checkpoint: dict[str, Any], use_ema: bool) ->
 def class_means_of(checkpoint: dict[str, Any]) -> torch.Tensor | None:
     """Return the mean directions (C, d), float64, of the classes' embeddings at a checkpoint; None if it has none."""
     state = ((checkpoint.get('task_state') or {}).get('dl2pa') or {}).get('scheduler') or {}
-    sums = state.get('sums')
+    sums = (state.get('class_means') or {}).get('sums')
     if not isinstance(sums, torch.Tensor) or sums.dim() != 2 or not bool(sums.isfinite().all()) or not sums.any():
         return None
-    means = ClassMeans(*sums.shape)
-    means.sums = sums
-    return means.directions()
+    return directions_of(sums)
 
 
 def _arguments(path: Path) -> Namespace | None:

@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import yaml
 
+from ..options import PREFIX, PluginOptions
 from .hooks import plugged_in
-from .options import PREFIX, PluginOptions
 
 __all__ = ['run_script']
 

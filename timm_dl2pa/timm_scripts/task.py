@@ -1,7 +1,6 @@
 """What a training task of timm's does with a DL2PA model: step 2, its state, its report."""
 import csv
 import logging
-import math
 import os
 from dataclasses import asdict, replace
 from functools import cache
@@ -9,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
-from ..head.head import heads_of
+from ..distributed import broadcast_from_rank_0
+from ..head import heads_of
 from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
-from ..scheduling.priming import Primer
-from ..scheduling.scheduler import AssignmentScheduler, AssignmentUpdate
+from ..scheduling import AssignmentScheduler, AssignmentUpdate, Primer
 from .creation import plugin_options
 
 __all__ = ['DL2PATask', 'task_class_for']
@@ -47,47 +45,35 @@ class DL2PATask(TrainingTask):
         if getattr(self, 'multi_label', False):
             raise ValueError(f'{type(self).__name__}: a DL2PA head gives each image one class, so that multi-label '
                              f'targets have no meaning for it. Leave the dl2pa options out.')
-        self.assignment_scheduler = AssignmentScheduler(
-            self.get_trainable_module(),
-            interval=options.interval,
-            start=options.start,
-            stop=options.stop,
-            momentum=options.momentum,
-            min_gain=options.min_gain,
-            background=options.background,
-            lag=options.lag,
-            # Counted here: the interval may be in batches.
-            warmup=0 if options.warmup_epochs == 0 or options.prime else math.inf,
-            evenness=options.evenness,
-        )
-        # None until the script has told of its epochs.
-        self._warmup_epochs = options.warmup_epochs
-        if self._warmup_epochs is None and self.assignment_scheduler.evenness == math.inf:
-            self._warmup_epochs = 1
+        arguments = options.scheduler_arguments()
+        if options.prime:
+            # Priming takes the place of the warm-up, and of what was set for it.
+            arguments.update(warmup='none', evenness=None)
+        self.assignment_scheduler = AssignmentScheduler(self.get_trainable_module(), **arguments)
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
         replaced = self._take_loss()
-        self.dl2pa_heads[0].mode_observer = self._mode_changed
+        self.dl2pa_heads[0].training_view.on_mode = self._mode_changed
         # Counted since the model was last set to training.
         self._batches = 0
         self._updates = 0
         self._primed_batches = 0
-        self._rotated = False
+        self._prototypes_moved = False
         self._checked = False
         self._merge_interval: int | None = None
+        self._script_epochs: int | None = None
         self._record: Path | None = None
         self._record_is_ours = False
         if self.verbose:
-            head = self.dl2pa_heads[0]
-            interval = self.assignment_scheduler.schedule
+            head, scheduler = self.dl2pa_heads[0], self.assignment_scheduler
             where = f' in the background, {options.lag} batches behind' if options.background else ''
             _logger.info(
-                f'DL2PA: {type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
+                f'DL2PA: recipe {options.recipe}, {type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
                 f'{head.num_classes} classes, loss {options.loss}{replaced}, '
-                + ('static assignment' if options.stop == 0 else f're-solved every {interval}{where}, exactly')
+                + ('static assignment' if options.stop == 0 else f're-solved every {scheduler.schedule}{where}, exactly')
                 + (f', primed by the first {options.prime} batches' if options.prime else
-                   f', after a warm-up of {self._warmup_epochs or "half of the"} epochs'
-                   if self.assignment_scheduler.warming_up else ''))
+                   f", after the warm-up '{scheduler.warmup.name}' of "
+                   f'{options.warmup_length or scheduler.recipe.warmup_length}' if scheduler.warming_up else ''))
 
     def _take_loss(self) -> str:
         """Put our loss in the criterion's place if it is asked for; return what to say of that."""
@@ -101,8 +87,7 @@ class DL2PATask(TrainingTask):
         if options.loss == 'balanced_softmax':
             self.criterion = BalancedSoftmaxLoss(head.num_classes).to(head.prototypes.device)
             return f' (in place of {replaced})'
-        weight = {} if options.loss_weight is None else {'weight': options.loss_weight}
-        self.criterion = _LOSSES[options.loss](head, **weight)
+        self.criterion = _LOSSES[options.loss](head, **options.loss_arguments())
         # No (B, C) logits in training where nothing else takes them: other distillation compares logits, and a model
         # with several classifiers averages them.
         if isinstance(self, (ClassificationTask, FeatureDistillationTask)) and len(self.dl2pa_heads) == 1:
@@ -128,12 +113,9 @@ class DL2PATask(TrainingTask):
             if self._primed_batches < self.dl2pa_options.prime:
                 return self._gather(input, target)
             self._prime()
-        warming_up = self.assignment_scheduler.warming_up
-        if self.assignment_scheduler.epochs >= self._warmup_epochs:
-            self.assignment_scheduler.end_warmup()
         update = self.assignment_scheduler.resolve_if_due()
         if update is not None:
-            self._rotated |= self.assignment_scheduler.warming_up != warming_up
+            self._prototypes_moved |= update.event != 'resolve'
             self._report(update)
         result = super().forward(input, target)
         self.assignment_scheduler.step(target)
@@ -155,7 +137,7 @@ class DL2PATask(TrainingTask):
     def _prime(self) -> None:
         explained = self._primer.finish(self.assignment_scheduler)
         self._primer = None
-        self._rotated = True
+        self._prototypes_moved = True
         if self.verbose:
             _logger.info(f'DL2PA: primed by {self._primed_batches} batches, which were not trained on: the features '
                          f"explain {100 * explained:.1f} % of the prototypes' variance")
@@ -164,13 +146,10 @@ class DL2PATask(TrainingTask):
         if target.ndim == 2 and ((target.float().sum(dim=1) - 1).abs() > 0.01).any():
             raise ValueError('the rows of the targets do not sum to one: they are multi-label targets, which have no '
                              'meaning for a DL2PA head. Leave the dl2pa options out.')
-        if _distributed():
-            # Rank 0 alone has the checkpoint saver, and knows the script's arguments.
-            answer = [self._merge_interval, self._warmup_epochs]
-            dist.broadcast_object_list(answer, src=0)
-            self._merge_interval, self._warmup_epochs = answer
-        if self._warmup_epochs is None:
-            self._warmup_epochs = 1
+        # Rank 0 alone has the checkpoint saver, and knows the script's arguments.
+        self._merge_interval, self._script_epochs = broadcast_from_rank_0((self._merge_interval, self._script_epochs))
+        if self._script_epochs is not None:
+            self.assignment_scheduler.clock.total = f'{self._script_epochs} epochs'
         self._checked = True
 
     def saver_made(self, saver: Any) -> None:
@@ -178,23 +157,24 @@ class DL2PATask(TrainingTask):
         self._record = Path(saver.checkpoint_dir) / RECORD_NAME
         script = saver.args
         if script is not None:
-            if self._warmup_epochs is None:
-                self._warmup_epochs = max(1, getattr(script, 'epochs', 1) // 2)
+            self._script_epochs = getattr(script, 'epochs', None)
             # Without a validation split there is no switch to evaluation before a checkpoint.
             self._merge_interval = 1 if not getattr(script, 'val_split', True) else \
                 getattr(script, 'recovery_interval', None)
 
     def update_ema(self, step: int | None = None) -> None:
         super().update_ema(step=step)
-        if (self._rotated or self.dl2pa_heads[0].placing) and self.has_ema():
+        warmup = self.assignment_scheduler.warmup
+        moving = warmup is not None and warmup.moves_prototypes
+        if (self._prototypes_moved or moving) and self.has_ema():
             # A mean of prototypes before and after they moved is on no sphere and fits neither's embeddings.
             averaged = heads_of(self.get_trainable_module(ema=True))
             for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
-                if head.placing:
-                    mine.place(head.class_prototypes)
+                if moving:
+                    mine.move_class_prototypes(head.class_prototypes)
                 else:
                     mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
-        self._rotated = False
+        self._prototypes_moved = False
         self._updates += 1
         # Under gradient accumulation timm's count within an epoch may jump at its end: then every update.
         interval = 1 if self._merge_interval and self._updates != self._batches else self._merge_interval
@@ -261,7 +241,7 @@ class DL2PATask(TrainingTask):
 
     def summary(self) -> dict[str, float]:
         """Return the figures of the last re-solve, for timm's summary: objectives are means over the classes."""
-        history = self.assignment_scheduler.history
+        history = [update for update in self.assignment_scheduler.history if update.event == 'resolve']
         last = history[-1] if history else AssignmentUpdate(0, 0, 0, float('nan'), float('nan'), 0.0)
         return {
             'dl2pa_resolves': len(history),
@@ -276,8 +256,9 @@ class DL2PATask(TrainingTask):
 
     def _report(self, update: AssignmentUpdate) -> None:
         if self.verbose:
+            what = {'resolve': '', 'placed': 'the prototypes are placed, ', 'rotated': 'the prototypes were rotated, '}
             _logger.info(
-                f'DL2PA: after epoch {update.epoch}, batch {update.step}: {update.moved} of '
+                f'DL2PA: after epoch {update.epoch}, batch {update.step}: {what[update.event]}{update.moved} of '
                 f'{self.dl2pa_heads[0].num_classes} labels moved, objective per class '
                 f'{self._per_class(update.objective_before):.4f} -> {self._per_class(update.objective):.4f}, '
                 f'{update.seconds:.2f} s')
@@ -304,10 +285,6 @@ class DL2PATask(TrainingTask):
             writer.writerows(map(line, self.assignment_scheduler.history))
         os.replace(part, self._record)
         self._record_is_ours = True
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 @cache
