@@ -46,9 +46,9 @@ class _PrototypeLoss(nn.Module):
     def _warn_once(self) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f'{type(self).__name__} is the cross-entropy of the scaled cosines, without its weight, until '
-                          f'the warm-up ends: class vectors follow the embeddings till then. (No warm-up: '
-                          f"recipe='paper', or warmup='none'.)", stacklevel=4)
+            warnings.warn(f'{type(self).__name__} is the cross-entropy of the scaled cosines, without its weight, '
+                          f'during the warm-up, in which class vectors follow the embeddings. To train without a '
+                          f"warm-up, use recipe='paper' or warmup='none'.", stacklevel=4)
 
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and

@@ -48,10 +48,10 @@ class PluginOptions:
     prototypes: str | None = _option('head', None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa '
                                      'prototypes --out` writes it (default: made with the seed)')
     neck: str | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)")
-    scale: float | None = _option('head', None, (int, float), 'factor on the cosines in the logits, which then is fixed '
-                                  '(default: learned, or by the number of classes)')
-    learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if no "
-                                       'scale is given and the loss takes logits)')
+    scale: float | None = _option('head', None, (int, float), 'a fixed factor on the cosines in the logits (default: '
+                                  'learned, or by the number of classes)')
+    learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if "
+                                       'no scale is given and the loss takes logits)')
     seed: int = _option('head', 0, (int,), 'of the prototypes')
     loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
                                "dot_regression or balanced_softmax (both for long tails), which take its place "

@@ -1,4 +1,4 @@
-"""Which class gets which prototype: matching for a set that stays, rotation and matching in turns for one that turns."""
+"""Assign classes to prototypes: by matching, and where the set may be rotated, by matching and rotation in turns."""
 from .alignment import AlignmentResult, align_prototypes
 from .solve import MAX_SCORES, AssignmentResult, check_assignment, restore_whole_numbers, solve_assignment
 

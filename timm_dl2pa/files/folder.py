@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..options import is_kind
 
-__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check_label_names', 'find_files', 'read_config',
-           'read_tensors', 'replace_files', 'sha256_of']
+__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check_label_names', 'find_files',
+           'read_config', 'read_tensors', 'replace_files', 'sha256_of']
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'

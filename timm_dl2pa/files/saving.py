@@ -1,4 +1,4 @@
-"""SavedModule: a module by itself, in a folder or a Hub repository; safetensors for its tensors, JSON for its config."""
+"""SavedModule: a module by itself in a folder or a Hub repository, its tensors as safetensors, its config as JSON."""
 import hashlib
 import json
 import os

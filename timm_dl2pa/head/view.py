@@ -32,8 +32,12 @@ class TrainingView:
         self._owner: Any = None
 
     def attach(self, owner: Any) -> None:
-        """Make an object the one that sets this view, and call `detach()` of the one that did before."""
+        """Make an object the one that sets this view. The one that did before leaves its warm-up, and hears no more.
+
+        Args:
+            owner: Something with `leave_warmup()`.
+        """
         before, self._owner = self._owner, owner
         if before is not None and before is not owner:
-            before.detach()
+            before.leave_warmup()
             self.on_embeddings = None

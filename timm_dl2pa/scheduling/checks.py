@@ -20,14 +20,15 @@ def check_heads(model: nn.Module, heads: Sequence[DL2PAHead]) -> None:
                              'share an assignment: make a scheduler for each head.')
 
 
-def check_numbers(*, start: int, stop: int | None, momentum: float) -> None:
-    """Raise a ValueError if one is out of range."""
+def check_numbers(start: int, stop: int | None, momentum: float) -> float:
+    """Return the momentum, or raise a ValueError if a number is out of range."""
     if start < 0:
         raise ValueError(f'start must be at least 0, not {start}.')
     if stop is not None and stop < 0:
         raise ValueError(f'stop must be at least 0 or None, not {stop}.')
     if not 0 <= momentum <= 1:
         raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
+    return momentum
 
 
 def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: Any) -> None:
@@ -37,7 +38,7 @@ def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: A
         own: That scheduler's state now.
         state: The saved one.
         parts: Class means, resolver and warm-up by their keys in the state, each with a `check_state`. A warm-up that
-            is None belongs to a scheduler that has none.
+            is None belongs to a scheduler, or a state, that has none.
     """
     differ = sorted(own.keys() ^ state.keys())
     if differ:

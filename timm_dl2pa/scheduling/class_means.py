@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from ..distributed import add_over_ranks, is_distributed, rank
 
-__all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'shares_of']
+__all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means', 'shares_of']
 
 
 def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -256,3 +256,15 @@ class MovingClassMeans(ClassMeans):
         self.check_state(state)
         self._take(state)
         self.counts = state['counts'].to(self.counts.device, torch.float32, copy=True)
+
+
+def make_class_means(
+        num_classes: int,
+        dim: int,
+        memory: float | None,
+        device: torch.device | str | None = None,
+) -> ClassMeans:
+    """Return `ClassMeans`, or with a `memory` `MovingClassMeans`."""
+    if memory is None:
+        return ClassMeans(num_classes, dim, device)
+    return MovingClassMeans(num_classes, dim, memory, device)

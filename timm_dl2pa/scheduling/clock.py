@@ -26,7 +26,8 @@ class Duration:
         if self.unit not in _UNITS:
             raise ValueError(f'unit must be one of {", ".join(_UNITS)}, not {self.unit!r}.')
         if not (0 < self.count < 1 if self.unit == 'share' else self.count >= 1):
-            raise ValueError(f'a duration must be at least 1, or a share between 0 and 1, not {self.count} {self.unit}.')
+            raise ValueError(f'a duration must be at least 1 batch or epoch, or a share between 0 and 1, not '
+                             f'{self.count} {self.unit}.')
 
     @classmethod
     def of(cls, given: 'Duration | float | str', name: str = 'duration') -> 'Duration':
@@ -56,7 +57,7 @@ class Duration:
         except ValueError:
             pass
         raise ValueError(f"{name} must be a number of batches >= 1, '5 epochs', 'half' or '30 %' of the training, "
-                         f'or math.inf, not {given!r}.')
+                         f"or math.inf, not {given!r}. (To train without a warm-up, use warmup='none'.)")
 
     def __str__(self) -> str:
         if self.unit == 'share':
@@ -90,6 +91,24 @@ class Clock:
         if total is not None and total.unit == 'share':
             raise ValueError(f'total must be a number of batches or epochs, not {total}.')
         self._total = total
+
+    def count(self, unit: str) -> int:
+        """Count one more batch or epoch ('batches' or 'epochs'), and return how many there are now."""
+        if unit == 'epochs':
+            self.epochs += 1
+            return self.epochs
+        self.batches += 1
+        return self.batches
+
+    def measured(self, duration: Duration, interval: Duration) -> Duration:
+        """Return a duration if it can be measured, otherwise the interval.
+
+        A share needs `total`; epochs need a total or an interval in epochs, which show that epochs are told.
+        """
+        if duration.unit == 'share':
+            return interval if self.total is None else duration
+        told = duration.unit == 'batches' or 'epochs' in (interval.unit, self.total and self.total.unit)
+        return duration if told else interval
 
     def resolve(self, duration: Duration) -> Duration:
         """Return a duration in batches or epochs: of a share that part of `total`, at least 1.

@@ -1,4 +1,4 @@
-"""The warm-up 'placed': each class's prototype follows the embeddings, and the paper's energy keeps prototypes apart."""
+"""The warm-up 'placed': prototypes follow the embeddings of their classes, and the paper's energy keeps them apart."""
 import math
 from collections.abc import Sequence
 from typing import Any

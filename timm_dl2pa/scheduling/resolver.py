@@ -1,4 +1,4 @@
-"""Resolver: solves the assignment from class means, at once or in a thread beside the training, and puts it in force."""
+"""Resolver: solves the assignment from class means, at once or in a thread, and puts it in force."""
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -176,7 +176,8 @@ class Resolver:
             raise ValueError(f'the saved state of the re-solves lacks, or does not know, {", ".join(missing)}.')
         prices, count = state['prices'], len(self.head.prototypes)
         if prices is not None and len(prices) != count:
-            raise ValueError(f'the saved prices are of {len(prices)} prototypes, not {count}: they are of another head.')
+            raise ValueError(f'the saved prices are of {len(prices)} prototypes, not {count}: they are of another '
+                             f'head.')
         pending = state['pending']
         if pending is not None and pending.keys() != {'step', 'epoch', 'take_at', 'sums'}:
             raise ValueError(f'the saved pending solve has the entries {", ".join(pending)}.')

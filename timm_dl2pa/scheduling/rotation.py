@@ -1,4 +1,4 @@
-"""The warm-up 'rotated': running class means serve as class vectors, then the even set is rotated and matched to them."""
+"""The warm-up 'rotated': training towards running class means, to which the even set is then rotated and matched."""
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,7 +7,7 @@ import torch.nn as nn
 from ..head import heads_of
 from ..recipes import find_recipe
 from .checks import check_heads, check_numbers, check_scheduler_state
-from .class_means import ClassMeans, MovingClassMeans
+from .class_means import make_class_means
 from .clock import Clock, Duration
 from .resolver import Resolver
 from .schedule import Schedule
@@ -24,34 +24,27 @@ class AssignmentScheduler:
     last forward in training mode. A re-solve that falls due is only marked: it runs at the next `step`, before that
     batch is folded in. So a checkpoint holds the assignment that its metric was measured with.
 
-    The recipe decides the warm-up and the class means. 'placed' moves prototypes with their classes, by default for
-    half of the training. 'even' rotates the evenly spread set once. 'paper' matches from the start, by the paper's
-    moving average. After the warm-up labels alone move. The class means of the first two are running sums of unit
-    embeddings, which do not depend on how samples fall into batches or processes.
-
-    In a distributed run every process must make the same calls: at a re-solve the sums are merged, rank 0 solves, and
-    all take its assignment or raise its error. With `background=True` a thread of rank 0 solves while training goes
-    on; the answer is taken `lag` batches later, so that runs repeat exactly.
-
-    A model with several heads: the first is observed, and all get its assignment. A second scheduler on a model takes
-    the place of the first.
+    The recipe decides the warm-up, after which labels alone move, and the class means. 'placed' moves prototypes with
+    their classes for half of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
+    by the paper's moving average. The class means of the first two are running sums, which do not depend on how samples
+    fall into batches or processes. In a distributed run every process must make the same calls. Of several heads the
+    first is observed, and all get its assignment. A second scheduler on a model takes the place of the first.
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
-        interval: Re-solve after every so many batches, or after each 'epoch', of which `epoch_end()` tells. Or a
-            `Schedule`, or its text: '100:1000,1000' is after every 100 batches up to the 1,000th, then every 1,000.
+        interval: Number of batches between re-solves, or 'epoch' (told by `epoch_end()`), a `Schedule` or its text.
         recipe: 'placed', 'even' or 'paper'. Default: the head's.
         total: Length of the training, which shares refer to: its number of batches, or '20 epochs'.
         warmup: 'placed', 'rotated' or 'none'. Default: the recipe's.
-        warmup_length: A number of batches, '5 epochs', 'half' or '30 %' of the training; math.inf: until
+        warmup_length: Number of batches, '5 epochs', 'half' or '30 %' of the training, or math.inf: until
             `end_warmup()`. Default: the recipe's where `total` says enough, otherwise one interval.
         evenness: For 'placed', how strongly prototypes are kept apart. Default: `default_evenness`.
-        start: No re-solve falls due before so many batches (epochs, if `interval` counts those).
-        stop: None falls due after so many; 0 keeps the assignment static, without a warm-up. Default: never stops.
+        start: Batches (epochs, if `interval` counts those) before which no re-solve falls due.
+        stop: Those after which none does. 0 keeps the assignment static, without a warm-up. Default: never stops.
         momentum: Factor on the class sums after each re-solve, from 0 (forget) to 1. Default: the recipe's.
         min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves.
-        background: Solve in a thread, and take the answer later.
-        lag: How many batches later.
+        background: Solve in a thread of rank 0 while training goes on.
+        lag: After how many batches its answer is taken: always the same number, so that runs repeat exactly.
 
     Raises:
         ValueError: The model has no DL2PA head, its heads differ, or an argument is out of range.
@@ -59,8 +52,7 @@ class AssignmentScheduler:
     Example:
         >>> scheduler = AssignmentScheduler(model, interval=len(loader), total=20 * len(loader))
         >>> for images, labels in loader:
-        ...     loss = criterion(model(images), labels)
-        ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+        ...     criterion(model(images), labels).backward(); optimizer.step(); optimizer.zero_grad()
         ...     update = scheduler.step(labels)     # None, or an AssignmentUpdate
     """
 
@@ -70,26 +62,22 @@ class AssignmentScheduler:
                  min_gain: float = 0.0, background: bool = False, lag: int = 16):
         self.heads = heads_of(model)
         check_heads(model, self.heads)
-        head, device = self.heads[0], self.heads[0].prototypes.device
+        head = self.heads[0]
         self.recipe = find_recipe(head.config.recipe if recipe is None else recipe)
-        self.momentum = self.recipe.momentum if momentum is None else momentum
-        check_numbers(start=start, stop=stop, momentum=self.momentum)
+        self.momentum = check_numbers(start, stop, self.recipe.momentum if momentum is None else momentum)
         self.schedule, self.start, self.stop, self.background = Schedule.of(interval), start, stop, background
         self.clock = Clock(total)
-        self._length = Duration.of(self.recipe.warmup_length if warmup_length is None else warmup_length,
-                                   'warmup_length')
-        self._length_given = warmup_length is not None
+        self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
         self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
         self._make_warmup = warmup_maker('none' if stop == 0 else warmup or self.recipe.warmup, self.heads, evenness)
         self.warmup = self._make_warmup()
-        self.class_means = ClassMeans(head.num_classes, head.dim, device) if self.recipe.memory is None else \
-            MovingClassMeans(head.num_classes, head.dim, self.recipe.memory, device)
+        self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
         self.due = False  # whether a re-solve waits for the next batch
         self._embeddings: torch.Tensor | None = None
         for each in self.heads:
             each.training_view.attach(self)
         head.training_view.on_embeddings = self._observe
-        if self.warmup is not None:
+        if self.warmup:
             self.warmup.begin()
 
     steps = property(lambda self: self.clock.batches, doc='Number of batches that were folded in.')
@@ -99,73 +87,64 @@ class AssignmentScheduler:
 
     @property
     def warmup_length(self) -> Duration:
-        """Length of the warm-up. The recipe's own needs a `total`, or epochs that are told; else it is one interval."""
-        total, unit = self.clock.total, self.schedule.unit
-        known = total is not None if self._length.unit == 'share' else 'epochs' in (unit, total and total.unit)
-        return self._length if self._length_given or known else Duration(self.schedule.stages[0][0], unit)
+        """Length of the warm-up: given; or the recipe's, if the clock measures that; else one interval."""
+        interval = Duration(self.schedule.stages[0][0], self.schedule.unit)
+        return self._given_length or self.clock.measured(Duration.of(self.recipe.warmup_length), interval)
 
     def _observe(self, embeddings: torch.Tensor) -> None:
         self._embeddings = embeddings
 
     def step(self, targets: torch.Tensor) -> AssignmentUpdate | None:
-        """Fold in the batch of the last forward in training mode; before that, run the re-solve that is due, if any.
+        """Fold in the batch of the last forward in training mode; before that, `resolve_if_due`.
 
         Costs O(B d), and a pass over soft targets; apart from a re-solve it never waits for the device.
 
         Args:
             targets: The batch's class indices (B,), or soft targets (B, C) as timm's mixup makes them.
 
-        Returns:
-            What the re-solve did, or None if none was due.
-
         Raises:
             RuntimeError: No forward in training mode came since the last step.
-            ValueError: The targets do not fit the embeddings. Or what `resolve_if_due` raises.
+            ValueError: The targets do not fit the embeddings.
         """
         embeddings = self._embeddings
         if embeddings is None:
-            raise RuntimeError(
-                'step() found no embeddings: call it once after each forward of the model in training mode. (Another '
-                'scheduler on the same model takes them over; and a copy of a model reports to no scheduler.)')
+            raise RuntimeError('step() found no embeddings: call it once after each forward of the model in training '
+                               'mode. (A newer scheduler takes them over; a copy of a model reports to no scheduler.)')
         self.class_means.check_shapes(embeddings, targets)
         update = self.resolve_if_due()
         targets = targets.to(embeddings.device, non_blocking=True)
         self.class_means.to(embeddings.device).add(embeddings, targets)
-        if self.warmup is not None:
+        if self.warmup:
             self.warmup.add(embeddings, targets)
         self._embeddings = None
-        self.clock.batches += 1
-        self._mark('batches', self.clock.batches)
+        self._count('batches')
         return update
 
     def epoch_end(self) -> None:
         """Tell that an epoch is over. With `interval='epoch'` a re-solve then is due at the next batch."""
-        self.clock.epochs += 1
-        self._mark('epochs', self.clock.epochs)
+        self._count('epochs')
 
-    def _mark(self, unit: str, count: int) -> None:
-        if self.warmup is not None:
+    def _count(self, unit: str) -> None:
+        count = self.clock.count(unit)
+        if self.warmup:
             self.due |= self.clock.reached(self.warmup_length)
         elif self.schedule.unit == unit and self.schedule.due(count):
             self.due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def resolve_if_due(self) -> AssignmentUpdate | None:
-        """Run the re-solve that is due, if any: `step` does so by itself.
+        """Run the re-solve that is due, if any, and return what it did; of one in the background, when it is taken.
 
-        Call it before the forward of a batch for that batch to be trained under the new assignment already.
-
-        Returns:
-            What the re-solve did, or None if none was due; of one in the background, when it is taken.
+        `step` calls it. Call it before a forward for that batch to be trained under the new assignment already.
 
         Raises:
-            ValueError: Targets were out of range or embeddings not finite (the class is named). The assignment stays as
-                it was, and so do the class sums: `class_means.reset()` drops them, for those who want to go on.
+            ValueError: Targets were out of range or embeddings not finite (the class is named). Assignment and class
+                sums stay as they were; `class_means.reset()` drops the sums.
         """
         update = self.resolver.take(self.steps)
         if not self.due or self.resolver.pending is not None:
             return update
         self.merge()
-        if self.background and self.warmup is None:
+        if self.background and not self.warmup:
             self.resolver.launch(self.class_means, self.clock)
         else:
             update = self.resolver.resolve(self.class_means, self.clock, self.warmup)
@@ -174,13 +153,13 @@ class AssignmentScheduler:
         return update
 
     def leave_warmup(self) -> None:
-        """Leave the heads to their prototypes. Nothing is solved, and nothing is due."""
-        if self.warmup is not None:
+        """End the warm-up, if there is one. Nothing is solved, and nothing is due."""
+        if self.warmup:
             self.warmup.end()
         self.warmup, self.due = None, False
 
     def end_warmup(self) -> None:
-        """Let the warm-up end at the next batch, whatever its length. Afterwards it does nothing."""
+        """Let the warm-up end at the next batch, whatever its length."""
         self.due |= self.warming_up
 
     def skip_warmup(self) -> None:
@@ -189,44 +168,31 @@ class AssignmentScheduler:
         self.resolver.reset()
         self.class_means.reset()
 
-    def detach(self) -> None:
-        """Observe the heads no longer: another scheduler takes this one's place. `step` is an error from now on."""
-        self.leave_warmup()
-        self._embeddings = None
-
     def merge(self) -> None:
-        """In a distributed run, move what every process summed to rank 0, whose `state_dict()` then is all there is.
-
-        Every process must call it at the same point. Alone, it does nothing.
-        """
+        """Move the class sums of all processes to rank 0, for its `state_dict()`. Every process must call it."""
         self.class_means.merge()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs: tensors on the CPU and plain numbers (`torch.load` with `weights_only=True`).
+        """Return what resuming needs beside the model's state dict: tensors on the CPU and plain numbers.
 
-        Assignment and prototypes are in the model's state dict. In a distributed run each process has sums of its own:
-        call `merge()` on every process first, save rank 0's state, and load that on all.
+        In a distributed run call `merge()` on every process first, save rank 0's state, and load that on all.
         """
-        return {'steps': self.steps, 'epochs': self.epochs, 'due': self.due,
-                'class_means': self.class_means.state_dict(), 'resolver': self.resolver.state_dict(),
-                'warmup': self.warmup and {'name': self.warmup.name, 'settings': self.warmup.settings,
-                                           **self.warmup.state_dict()}}
+        return {'steps': self.steps, 'epochs': self.epochs, 'due': self.due, 'resolver': self.resolver.state_dict(),
+                'class_means': self.class_means.state_dict(), 'warmup': self.warmup and self.warmup.saved_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, bit for bit.
 
         Raises:
-            ValueError: It lacks something, or is of another head, of another kind of warm-up or class means, or of
-                other settings of these. Nothing was changed.
+            ValueError: It lacks something, or is of another head, warm-up or class means. Nothing was changed.
         """
-        warmup = None if state.get('warmup') is None else self._make_warmup()
-        parts = {'class_means': self.class_means, 'resolver': self.resolver}
-        check_scheduler_state(self.state_dict(), state, **parts, **({'warmup': warmup} if state.get('warmup') else {}))
+        warmup = self._make_warmup() if state.get('warmup') else None
+        check_scheduler_state(self.state_dict(), state, class_means=self.class_means, resolver=self.resolver,
+                              warmup=warmup)
         self.leave_warmup()
         self.warmup = warmup
-        if warmup is not None:
-            warmup.begin()
-            warmup.load_state_dict(state['warmup'])
+        if warmup:
+            warmup.resume(state['warmup'])
         self.class_means.load_state_dict(state['class_means'])
         self.resolver.load_state_dict(state['resolver'])
         self.clock.batches, self.clock.epochs, self.due = state['steps'], state['epochs'], state['due']

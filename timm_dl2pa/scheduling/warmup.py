@@ -75,9 +75,18 @@ class Warmup(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state; all processes load the same one."""
 
+    def saved_state(self) -> dict[str, Any]:
+        """Return the state with the name and the settings of the warm-up that it is of."""
+        return {'name': self.name, 'settings': self.settings, **self.state_dict()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Begin, and go on from a checked state."""
+        self.begin()
+        self.load_state_dict(state)
+
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ValueError unless a state is of this kind of warm-up, of its settings, and complete."""
-        own = {'name': self.name, 'settings': self.settings, **self.state_dict()}
+        own = self.saved_state()
         if state.get('name') != self.name:
             raise ValueError(f"the saved state is of the warm-up {state.get('name')!r}, not {self.name!r}: make the "
                              f'scheduler with the recipe that it was saved with.')

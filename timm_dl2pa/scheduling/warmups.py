@@ -25,8 +25,8 @@ def warmup_maker(name: str, heads: Sequence[DL2PAHead], evenness: float | None) 
     if name != 'none' and name not in WARMUPS:
         raise ValueError(f'warmup must be one of {", ".join(WARMUPS)} or none, not {name!r}.')
     if evenness is not None and name != PlacedWarmup.name:
-        raise ValueError(f"evenness={evenness!r} is for the warm-up 'placed', and has no meaning for {name!r}: leave it "
-                         f"out.")
+        raise ValueError(f"evenness={evenness!r} is for the warm-up 'placed', and has no meaning for {name!r}: leave "
+                         f"it out.")
     if name == 'none':
         return lambda: None
     if name == PlacedWarmup.name:

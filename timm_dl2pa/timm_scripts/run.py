@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,14 @@ def _parser() -> argparse.ArgumentParser:
         # Strings: they are read as --model-kwargs reads them, wherever they came in.
         kind: dict[str, Any] = {'action': 'store_const', 'const': 'True'} if bool in spec.metadata['kinds'] else \
             {'metavar': spec.name.rpartition('_')[2].upper()}
-        group.add_argument(flag, dest=PREFIX + spec.name, default=argparse.SUPPRESS, help=spec.metadata['help'], **kind)
+        group.add_argument(flag, dest=PREFIX + spec.name, default=argparse.SUPPRESS, help=_help(spec), **kind)
     return parser
+
+
+def _help(spec: Field) -> str:
+    """Return an option's help with its default; argparse takes % for a placeholder."""
+    default = '' if spec.default is None else f' (default: {spec.default})'
+    return (spec.metadata['help'] + default).replace('%', '%%')
 
 
 def run_script(arguments: Sequence[str]) -> None:

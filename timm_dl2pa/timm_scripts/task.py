@@ -68,9 +68,10 @@ class DL2PATask(TrainingTask):
             head, scheduler = self.dl2pa_heads[0], self.assignment_scheduler
             where = f' in the background, {options.lag} batches behind' if options.background else ''
             _logger.info(
-                f'DL2PA: recipe {options.recipe}, {type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
-                f'{head.num_classes} classes, loss {options.loss}{replaced}, '
-                + ('static assignment' if options.stop == 0 else f're-solved every {scheduler.schedule}{where}, exactly')
+                f'DL2PA: recipe {options.recipe}, {type(head).__name__} with K={len(head.prototypes)} prototypes in '
+                f'd={head.dim} dimensions for {head.num_classes} classes, loss {options.loss}{replaced}, '
+                + ('static assignment' if options.stop == 0 else
+                   f're-solved every {scheduler.schedule}{where}, exactly')
                 + (f', primed by the first {options.prime} batches' if options.prime else
                    f", after the warm-up '{scheduler.warmup.name}' of "
                    f'{options.warmup_length or scheduler.recipe.warmup_length}' if scheduler.warming_up else ''))
