@@ -18,12 +18,12 @@ def generator():
 
 @pytest.fixture
 def make_head():
-    """Makes heads whose weights depend on nothing but the arguments."""
+    """Makes heads whose weights depend on nothing but the arguments: a linear neck and a fixed scale, if not given."""
 
     def make(in_features=12, num_classes=7, dim=4, **kwargs) -> DL2PAHead:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return DL2PAHead(in_features, num_classes, dim, **kwargs)
+            return DL2PAHead(in_features, num_classes, dim, **{'neck': 'linear', 'learn_scale': False, **kwargs})
 
     return make
 

@@ -14,7 +14,7 @@ B, C, D = 9, 6, 4
 
 
 def setting(seed, train_output='logits'):
-    head = DL2PAHead(5, C, D, num_prototypes=8, train_output=train_output)
+    head = DL2PAHead(5, C, D, num_prototypes=8, neck='linear', learn_scale=False, train_output=train_output)
     generator = torch.Generator().manual_seed(seed)
     head.assign(torch.randperm(8, generator=generator)[:C])
     x, labels = torch.randn(B, 5, generator=generator), torch.randint(0, C, (B,), generator=generator)
@@ -82,7 +82,7 @@ def test_output_is_never_guessed_from_its_shape():
     """d = C: only the head's setting and mode tell embeddings from logits."""
     for train_output in ('logits', 'embeddings'):
         torch.manual_seed(0)
-        head = DL2PAHead(5, 6, 6, train_output=train_output, scale=3.0)
+        head = DL2PAHead(5, 6, 6, neck='linear', train_output=train_output, scale=3.0)
         x, labels = torch.randn(4, 5), torch.arange(4)
         values = [SquaredCosineLoss(head.train(training))(head(x), labels) for training in (True, False)]
         assert torch.allclose(*values, atol=1e-5)

@@ -255,13 +255,13 @@ def test_strict_loading_of_a_foreign_model_reports_as_torch_does(make_head):
 def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copied):
     head, modes = make_head(), []
     scheduler = AssignmentScheduler(head)
-    head.mode_observer = modes.append
-    head.feature_observer, head.warmup_vectors = print, torch.zeros(7, 4)
+    head.training_view.on_mode = modes.append
+    head.training_view.on_features, head.training_view.class_vectors = print, torch.zeros(7, 4)
     head.assign(torch.randperm(7, generator=generator))
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
-    assert twin.observer is None and head.observer is not None
-    assert twin.feature_observer is None and twin.warmup_vectors is None and head.warmup_vectors is not None
+    assert twin.training_view.on_embeddings is None and head.training_view.on_embeddings is not None
+    assert twin.training_view.on_features is None and twin.training_view.class_vectors is None and head.training_view.class_vectors is not None
     twin(x)
     twin.eval()
     assert modes == []
@@ -357,7 +357,7 @@ def test_bad_arguments(make_head, arguments, message):
 def test_made_on_the_meta_device():
     with torch.device('meta'):
         head = DL2PAHead(12, 7, 4)
-    assert head.prototypes.is_meta and head.neck.weight.is_meta and 'num_classes=7' in repr(head)
+    assert head.prototypes.is_meta and head.neck[0].weight.is_meta and 'num_classes=7' in repr(head)
     assert head(torch.empty(3, 12, device='meta')).shape == (3, 7)
     donor = DL2PAHead(12, 7, 4)
     head.load_state_dict(donor.state_dict(), assign=True)

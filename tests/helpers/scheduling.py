@@ -1,4 +1,4 @@
-"""A scheduler by the paper's rule, and batches for the heads of `make_head`."""
+"""A scheduler without a warm-up, and batches for the heads of `make_head`."""
 import torch
 
 from timm_dl2pa import AssignmentScheduler
@@ -6,7 +6,7 @@ from timm_dl2pa import AssignmentScheduler
 
 def paper_rule(model, *args, **kwargs):
     """Without a warm-up."""
-    return AssignmentScheduler(model, *args, warmup=0, **kwargs)
+    return AssignmentScheduler(model, *args, warmup='none', **kwargs)
 
 
 def feed(model, scheduler, seed, rows=32):

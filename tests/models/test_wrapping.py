@@ -78,7 +78,7 @@ def test_trains_a_step(wrapped):
     model, _ = wrapped
     model = copy.deepcopy(model).train()
     model.set_grad_checkpointing(True)
-    scheduler = AssignmentScheduler(model, interval=1, warmup=0)
+    scheduler = AssignmentScheduler(model, interval=1, warmup='none')
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_model_ema_carries_the_assignment_in_force():
     from timm.utils import ModelEmaV3
     model = wrap_dl2pa(small(), 8)
     ema = ModelEmaV3(model, decay=0.9)
-    scheduler = AssignmentScheduler(model, interval=1, warmup=0)
+    scheduler = AssignmentScheduler(model, interval=1, warmup='none')
     for _ in range(3):
         labels = torch.randint(0, CLASSES, (16,))
         model.train()(torch.randn(16, 3, 64, 64))
@@ -198,7 +198,7 @@ def test_compiled_whole_model_with_scheduler():
     torch._dynamo.reset()
     model = wrap_dl2pa(small(), 8).train()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    scheduler = AssignmentScheduler(compiled, interval=1, warmup=0)
+    scheduler = AssignmentScheduler(compiled, interval=1, warmup='none')
     x, labels = torch.randn(16, 3, 64, 64), torch.randint(0, CLASSES, (16,))
     for _ in range(2):
         F.cross_entropy(compiled(x), labels).backward()

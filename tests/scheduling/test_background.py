@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from tests.helpers.scheduling import feed, paper_rule
 from timm_dl2pa import AssignmentScheduler, ClassMeans, Schedule, solve_assignment
 from timm_dl2pa.assignment.matching import generation, sparse
-from timm_dl2pa.scheduling import scheduler
+from timm_dl2pa.scheduling import Duration, resolver
 from timm_dl2pa.scheduling.background import Background
 
 
@@ -62,7 +62,7 @@ def test_training_goes_on_until_the_answer_is_needed(make_head, monkeypatch):
         assert free.wait(60)
         return solve_assignment(**arguments)
 
-    monkeypatch.setattr(scheduler, 'solve_assignment', slow)
+    monkeypatch.setattr(resolver, 'solve_assignment', slow)
     head = make_head()
     observed = paper_rule(head, interval=1, background=True, lag=3)
     for step in range(4):
@@ -79,7 +79,7 @@ def test_an_error_of_the_solver_reaches_the_training(make_head, monkeypatch):
     head = make_head()
     observed = paper_rule(head, interval=2, background=True, lag=1)
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, 'solve_assignment', broken)
+        patched.setattr(resolver, 'solve_assignment', broken)
         for step in range(3):
             feed(head, observed, step)
         with pytest.raises(ArithmeticError, match='the solver broke'):
@@ -164,7 +164,7 @@ def test_resumes_to_the_bit_with_a_solve_pending(make_head, stopped_after):
     assert told + [as_told(feed(second, after, step)) for step in range(stopped_after, 12)] == unbroken
     assert torch.equal(second.assignment, head.assignment)
     assert torch.equal(after.class_means.sums, observed.class_means.sums)
-    assert torch.equal(after.state_dict()['prices'], observed.state_dict()['prices'])
+    assert torch.equal(after.state_dict()['resolver']['prices'], observed.state_dict()['resolver']['prices'])
 
 
 def test_earlier_prices_are_given_to_the_next_solve(make_head, monkeypatch):
@@ -175,7 +175,7 @@ def test_earlier_prices_are_given_to_the_next_solve(make_head, monkeypatch):
             starts.append(arguments['start'].prices)
         return solve_assignment(**arguments)
 
-    monkeypatch.setattr(scheduler, 'solve_assignment', watched)
+    monkeypatch.setattr(resolver, 'solve_assignment', watched)
     head = make_head()
     observed = paper_rule(head, interval=1)
     for step in range(3):
@@ -200,7 +200,7 @@ def test_a_gain_that_is_too_small_moves_nothing(make_head, min_gain, moves):
     observed = paper_rule(head, interval=2, min_gain=0.0, momentum=1.0)
     for step in range(3):
         feed(head, observed, step)
-    observed.min_gain = min_gain
+    observed.resolver.min_gain = min_gain
     with torch.no_grad():
         swapped = head.assignment.clone()
         swapped[:2] = swapped[:2].flip(0)
@@ -235,7 +235,7 @@ def test_schedules_of_epochs_and_their_text(make_head):
 
 
 def test_the_warmup_takes_one_interval_of_the_first_stage(make_head):
-    assert AssignmentScheduler(make_head(), interval='5:10,20').warmup == 5
+    assert AssignmentScheduler(make_head(), interval='5:10,20').warmup_length == Duration(5)
 
 
 @pytest.mark.parametrize('stages, unit, message', [

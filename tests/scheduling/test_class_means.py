@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.helpers import reference
 from tests.helpers.largest_output import LargestOutput
 from timm_dl2pa import ClassMeans
-from timm_dl2pa.scheduling.class_means import RunningClassMeans
+from timm_dl2pa.scheduling.class_means import MovingClassMeans
 
 C, D = 6, 4
 
@@ -177,13 +177,13 @@ def test_never_waits_for_the_device(soft):
 
 
 def test_running_means_forget_by_samples_and_are_seen_from_their_centre():
-    running = RunningClassMeans(3, 2, memory=0.5)
+    running = MovingClassMeans(3, 2, memory=0.5)
     running.add(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 1]))
     running.add(torch.tensor([[0.6, 0.8]]), torch.tensor([0]))
     # Class 0: half of the old sample and one new one. Class 1 had none, and stays.
     means = torch.tensor([[(0.5 + 0.6) / 1.5, 0.8 / 1.5], [0.0, 1.0]])
     expected = torch.nn.functional.normalize(means - means.mean(0), dim=1)
-    found = running.directions()
+    found = running.centred_directions()
     assert torch.allclose(found[:2], expected, atol=1e-6) and not found[2].any()
     assert running.counts.tolist() == [1.5, 2.0, 0.0]
 
@@ -191,15 +191,15 @@ def test_running_means_forget_by_samples_and_are_seen_from_their_centre():
 def test_running_means_of_soft_targets_and_of_a_saved_state():
     x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1])
-    hard, soft = RunningClassMeans(3, 4), RunningClassMeans(3, 4)
+    hard, soft = MovingClassMeans(3, 4), MovingClassMeans(3, 4)
     hard.add(x, labels)
     soft.add(x, torch.nn.functional.one_hot(labels, 3).float())
-    assert torch.allclose(hard.directions(), soft.directions(), atol=1e-6)
-    mixed = RunningClassMeans(3, 4)
+    assert torch.allclose(hard.centred_directions(), soft.centred_directions(), atol=1e-6)
+    mixed = MovingClassMeans(3, 4)
     mixed.add(x[:1], torch.tensor([[0.75, 0.25, 0.0]]))
     assert torch.allclose(mixed.sums, torch.tensor([[0.75], [0.25], [0.0]]) * x[:1])
     state = hard.state_dict()
-    after = RunningClassMeans(3, 4)
+    after = MovingClassMeans(3, 4)
     after.load_state_dict(state)
     hard.add(x, labels)
     assert torch.equal(state['sums'], after.sums) and not torch.equal(state['sums'], hard.sums)

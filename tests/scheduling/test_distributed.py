@@ -1,5 +1,4 @@
 """Two processes on the CPU: merged class means, one assignment, errors on all ranks."""
-import math
 import os
 import socket
 
@@ -16,7 +15,7 @@ STEPS, ROWS = 7, 12
 
 def new_head(train_output):
     torch.manual_seed(0)
-    return DL2PAHead(6, 5, 3, train_output=train_output)
+    return DL2PAHead(6, 5, 3, neck='linear', learn_scale=False, train_output=train_output)
 
 
 def batch(step, rows=ROWS):
@@ -78,8 +77,9 @@ def in_process(rank, port, folder, train_output, options):
 
 # In the background: rank 0 saves while a solve is pending.
 @pytest.mark.parametrize('train_output, options, solves', [
-    ('logits', dict(warmup=0), 3), ('embeddings', dict(warmup=0), 3), ('logits', dict(warmup=4, evenness=0.3), 2),
-    ('logits', dict(warmup=4, evenness=math.inf), 2), ('logits', dict(warmup=0, background=True, lag=2), 2)])
+    ('logits', dict(warmup='none'), 3), ('embeddings', dict(warmup='none'), 3), ('logits', dict(recipe='paper'), 3),
+    ('logits', dict(warmup_length=4, evenness=0.3), 2),
+    ('logits', dict(warmup_length=4, recipe='even'), 2), ('logits', dict(warmup='none', background=True, lag=2), 2)])
 def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -98,7 +98,7 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
     assert len(expected) == solves and any(moved for _, moved, _, _ in expected)
     prototypes = head.prototypes.clone()
-    assert torch.equal(prototypes, new_head(train_output).prototypes) == (options['warmup'] == 0)
+    assert torch.equal(prototypes, new_head(train_output).prototypes) == (options.get('warmup') == 'none' or options.get('recipe') == 'paper')
     parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
     prime(head, parts, scheduler, progress=False)
     assert torch.equal(answers[0][1], answers[1][1])
@@ -108,8 +108,9 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
         assert torch.allclose(logits, expected_logits, atol=1e-3)
         # Prototypes after a warm-up can be turned in several ways that fit equally well (an even set even gives classes
         # other prototypes): rounding decides. They classify alike.
-        assert options.get('evenness') == math.inf or assignment == head.assignment.tolist()
-        assert 'evenness' in options or torch.allclose(weight, head.neck.weight, atol=1e-4)
+        even = options.get('recipe') == 'even'
+        assert even or assignment == head.assignment.tolist()
+        assert even or 'evenness' in options or torch.allclose(weight, head.neck.weight, atol=1e-4)
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
         assert 'class 17' in error and kept

@@ -1,6 +1,4 @@
 """Prototypes that are placed during the warm-up: the step, its end, the defaults, the plugin."""
-import math
-
 import pytest
 import torch
 
@@ -99,12 +97,12 @@ def test_a_step_to_the_origin_moves_nothing(monkeypatch):
 def test_by_default_the_fewer_dimensions_the_less_even():
     assert default_evenness(100, 10) == pytest.approx(0.04) and default_evenness(100, 50) == pytest.approx(1)
     assert default_evenness(100, 100) == default_evenness(100, 512) == 4 > default_evenness(100, 98) > 3.8
-    assert AssignmentScheduler(DL2PAHead(8, 7, 5)).evenness == default_evenness(7, 5)
-    assert AssignmentScheduler(DL2PAHead(8, 7, 5), evenness=0).evenness == 0
+    assert AssignmentScheduler(DL2PAHead(8, 7, 5)).warmup.settings == {'evenness': default_evenness(7, 5)}
+    assert AssignmentScheduler(DL2PAHead(8, 7, 5), evenness=0).warmup.settings == {'evenness': 0}
 
 
 def test_prototypes_move_until_the_warmup_ends_and_never_again():
-    head = DL2PAHead(8, 7, 3, num_prototypes=9)
+    head = DL2PAHead(8, 7, 3, num_prototypes=9, neck='linear')
     head.assign(torch.tensor([8, 1, 2, 3, 4, 5, 0]))
     scheduler = AssignmentScheduler(head, interval=3)
     seen = [head.prototypes.clone()]
@@ -116,14 +114,14 @@ def test_prototypes_move_until_the_warmup_ends_and_never_again():
         expected = head.current_scale() * head.embed(features) @ head.class_prototypes.t()
         assert torch.allclose(logits, expected, atol=1e-4)
         update = scheduler.step(labels)
-        assert (update is not None) == (step in (3, 6))
+        assert (update and update.event) == {3: 'placed', 6: 'resolve'}.get(step)
         seen.append(head.prototypes.clone())
         if step == 3:
-            assert update.moved == 0 and update.objective == update.objective_before
+            assert update.event == 'placed' and update.moved == 0 and update.objective == update.objective_before
             # Nothing is left of embeddings that followed moving prototypes.
             sums = torch.zeros(7, 3, dtype=torch.float64).index_add_(0, labels, head.embed(features).detach().double())
             assert torch.allclose(scheduler.class_means.sums.double(), sums, atol=1e-5)
-        assert head.placing == scheduler.warming_up == (step < 3)
+        assert head.warming_up == scheduler.warming_up == (step < 3)
     assert all(not torch.equal(seen[step], seen[step + 1]) for step in range(3))
     assert all(torch.equal(seen[3], later) for later in seen[4:])
     assert torch.allclose(head.prototypes.norm(dim=1), torch.ones(9))
@@ -137,9 +135,9 @@ def test_placed_prototypes_fit_the_embeddings_better_than_rotated_ones():
     angles = torch.tensor([-40.0, 0.0, 40.0, 180.0]).deg2rad()
     directions = torch.stack([angles.cos(), angles.sin()], dim=1)
     right = []
-    for evenness in (0.0, math.inf):
+    for options in (dict(evenness=0.0), dict(recipe='even')):
         head = DL2PAHead(2, 4, 2, neck='none', scale=10.0)
-        scheduler = AssignmentScheduler(head, interval=200, evenness=evenness)
+        scheduler = AssignmentScheduler(head, interval=200, **options)
         for _ in range(201):
             labels = torch.randint(0, 4, (64,))
             head(directions[labels])
@@ -151,24 +149,25 @@ def test_placed_prototypes_fit_the_embeddings_better_than_rotated_ones():
 @pytest.mark.timm
 def test_the_plugin_places_for_half_of_the_scripts_epochs(plugin, tmp_path):
     task = train(tmp_path, epochs=5, dl2pa_dim=3)
-    assert [(update.step, update.epoch) for update in task.assignment_scheduler.history] == [
-        (2 * BATCHES, 2), (3 * BATCHES, 3), (4 * BATCHES, 4)]
-    one = train(tmp_path / 'inf', epochs=5, dl2pa_dim=3, dl2pa_evenness='inf')
-    assert one.assignment_scheduler.history[0].epoch == 1 and one.assignment_scheduler.evenness == math.inf
-    assert train(tmp_path / 'own', epochs=3, dl2pa_dim=3, dl2pa_evenness=0.3).assignment_scheduler.evenness == 0.3
+    assert [(update.event, update.step, update.epoch) for update in task.assignment_scheduler.history] == [
+        ('placed', 2 * BATCHES, 2), ('resolve', 3 * BATCHES, 3), ('resolve', 4 * BATCHES, 4)]
+    even = train(tmp_path / 'even', epochs=5, dl2pa_dim=3, dl2pa_recipe='even').assignment_scheduler.history
+    assert [(update.event, update.epoch) for update in even[:2]] == [('rotated', 1), ('resolve', 2)]
+    own = train(tmp_path / 'own', epochs=3, dl2pa_dim=3, dl2pa_evenness=0.3, dl2pa_warmup_length='9 epochs')
+    assert own.assignment_scheduler.warmup.settings == {'evenness': 0.3}
 
 
 @pytest.mark.timm
 def test_an_average_of_the_model_has_the_prototypes_of_the_moment(plugin, tmp_path):
-    task = train(tmp_path, dl2pa_dim=3, dl2pa_warmup_epochs=9, ema=True)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_warmup_length='9 epochs', ema=True)
     head = task.dl2pa_heads[0]
     averaged = task.get_trainable_module(ema=True).module.get_classifier()
-    assert head.placing and torch.equal(averaged.prototypes, head.prototypes)
+    assert head.warming_up and torch.equal(averaged.prototypes, head.prototypes)
     assert not torch.equal(averaged.neck[0].weight, head.neck[0].weight)
 
 
 @pytest.mark.timm
 @pytest.mark.parametrize('value', ['even', -1, float('nan'), True])
 def test_bad_values_of_the_option(plugin, tmp_path, value):
-    with pytest.raises(ValueError, match='dl2pa_evenness must be'):
+    with pytest.raises(ValueError, match='evenness must be'):
         train(tmp_path, dl2pa_dim=3, dl2pa_evenness=value)

@@ -101,7 +101,7 @@ def test_the_scheduler_goes_on_without_a_warmup_and_labels_stay():
     scheduler = AssignmentScheduler(model, interval=2)
     assert scheduler.warming_up
     prime(model, batches(30), scheduler, progress=False)
-    assert not scheduler.warming_up and model.heads[0].warmup_vectors is None
+    assert not scheduler.warming_up and model.heads[0].training_view.class_vectors is None
     assert not scheduler.class_means.sums.any()
     before = model.heads[0].assignment.clone()
     updates = []
@@ -117,7 +117,7 @@ def test_only_the_head_changes_and_the_model_is_put_back():
     model = Model(6, 'linear_bn').train()
     model.mix.eval()
     heard = []
-    model.heads[0].mode_observer = heard.append
+    model.heads[0].training_view.on_mode = heard.append
     before = copy.deepcopy(model.mix.state_dict())
     random, variance = torch.get_rng_state(), None
     loader = list(batches(30))
@@ -128,7 +128,7 @@ def test_only_the_head_changes_and_the_model_is_put_back():
     assert all(torch.equal(value, before[name]) for name, value in model.mix.state_dict().items())
     assert not model.mix.training and model.heads[0].training and model.heads[0].neck[1].training and not heard
     assert torch.equal(random, torch.get_rng_state()) and variance > 0
-    assert model.heads[0].feature_observer is None
+    assert model.heads[0].training_view.on_features is None
     # Batch norm's statistics fit: evaluation and training see the same.
     x = torch.cat([x for x, _ in loader])
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_bad_input_changes_nothing(loader, message):
     with pytest.raises(ValueError, match=message):
         prime(model, loader, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.heads[0].feature_observer is None
+    assert model.heads[0].training_view.on_features is None
 
 
 def test_what_cannot_be_primed():

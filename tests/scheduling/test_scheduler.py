@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from tests.helpers.scheduling import feed, paper_rule
 from timm_dl2pa import AssignmentScheduler, ClassMeans, SquaredCosineLoss, align_prototypes, solve_assignment
-from timm_dl2pa.scheduling.class_means import RunningClassMeans
+from timm_dl2pa.scheduling.class_means import MovingClassMeans
 
 
 def test_due_resolve_runs_at_the_next_batch_before_it_is_folded_in(make_head):
@@ -144,47 +144,6 @@ def test_targets_that_do_not_fit_are_refused_before_a_due_resolve(make_head, tar
     assert scheduler.step(torch.zeros(3, dtype=torch.long)) is not None
 
 
-@pytest.mark.parametrize('evenness', [0.3, math.inf])
-@pytest.mark.parametrize('warmup', [0, 4, 6])
-@pytest.mark.parametrize('stopped_after', [3, 4, 6])
-def test_resumes_to_the_bit(make_head, stopped_after, warmup, evenness):
-    """An unbroken run equals one that was saved, loaded in new objects and continued: before, in and after the warm-up
-    and with a re-solve due."""
-
-    def train(head, scheduler, steps):
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-        updates = []
-        for step in steps:
-            generator = torch.Generator().manual_seed(step)
-            x, labels = torch.randn(16, 12, generator=generator), torch.randint(0, 7, (16,), generator=generator)
-            nn.functional.cross_entropy(head(x), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            update = scheduler.step(labels)
-            updates.append(update and (update.step, update.moved, update.objective_before, update.objective))
-        return updates
-
-    head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3, warmup=warmup, evenness=evenness)
-    unbroken = train(head, scheduler, range(10))
-
-    first = make_head()
-    before = AssignmentScheduler(first, interval=3, warmup=warmup, evenness=evenness)
-    updates = train(first, before, range(stopped_after))
-    buffer = io.BytesIO()
-    torch.save({'model': first.state_dict(), 'scheduler': before.state_dict()}, buffer)
-    buffer.seek(0)
-    state = torch.load(buffer, weights_only=True)
-    second = make_head()
-    second.load_state_dict(state['model'])
-    after = AssignmentScheduler(second, interval=3, warmup=warmup, evenness=evenness)
-    after.load_state_dict(state['scheduler'])
-    assert updates + train(second, after, range(stopped_after, 10)) == unbroken
-    assert any(update and update[1] for update in unbroken)
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in head.state_dict().items())
-    assert torch.equal(after.class_means.sums, scheduler.class_means.sums)
-
-
 def test_state_of_another_head_is_refused(make_head):
     scheduler = paper_rule(make_head())
     feed(scheduler.heads[0], scheduler, 0)
@@ -223,21 +182,27 @@ def test_a_state_that_lacks_something_changes_nothing(make_head):
     scheduler = paper_rule(make_head())
     feed(scheduler.heads[0], scheduler, 0)
     state = scheduler.state_dict()
-    del state['due']
-    other = paper_rule(make_head())
-    with pytest.raises(KeyError):
-        other.load_state_dict(state)
-    assert not other.class_means.sums.any()
+    for name in ('due', 'class_means', 'resolver', 'warmup'):
+        broken = {key: value for key, value in state.items() if key != name}
+        other = paper_rule(make_head())
+        with pytest.raises(ValueError, match=f'lacks, or does not know, {name}'):
+            other.load_state_dict(broken)
+        assert not other.class_means.sums.any() and other.steps == 0
 
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(interval=0), "interval must be 'epoch' or"), (dict(interval='step'), "interval must be 'epoch' or"),
     (dict(min_gain=-0.1), 'min_gain must be a share'), (dict(lag=0), 'lag must be at least 1'),
     (dict(interval=2.5), "interval must be 'epoch' or"), (dict(start=-1), 'start must be at least 0'),
-    (dict(stop=-1), 'stop must be at least 0'), (dict(warmup=-1), 'warmup must be at least 0'),
-    (dict(warmup=float('nan')), 'warmup must be at least 0'),
-    (dict(evenness=-0.1), 'evenness must be at least 0'), (dict(evenness=float('nan')), 'evenness must be at least 0'),
-    (dict(evenness='inf'), 'evenness must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1')])
+    (dict(stop=-1), 'stop must be at least 0'), (dict(momentum=1.5), 'momentum must be from 0 to 1'),
+    (dict(recipe='fast'), 'recipe must be one of paper, even, placed'),
+    (dict(warmup='rotate'), 'warmup must be one of placed, rotated or none'), (dict(warmup=0), 'warmup must be one of'),
+    (dict(warmup_length=0), "warmup_length must be a number.*warmup='none'"),
+    (dict(warmup_length='5 hours'), 'warmup_length must be a number'),
+    (dict(warmup_length=float('nan')), 'warmup_length must be a number'), (dict(total='half'), 'total must be'),
+    (dict(evenness=-0.1), 'evenness must be a finite number of at least 0'),
+    (dict(evenness=float('nan')), 'evenness must be'), (dict(evenness=math.inf), "evenness must be.*recipe 'even'"),
+    (dict(evenness='inf'), 'evenness must be'), (dict(recipe='even', evenness=0.3), "is for the warm-up 'placed'")])
 def test_bad_arguments(make_head, arguments, message):
     with pytest.raises(ValueError, match=message):
         AssignmentScheduler(make_head(), **arguments)
@@ -248,15 +213,14 @@ def test_model_without_head():
         AssignmentScheduler(nn.Linear(2, 2))
 
 
-def test_warns_where_a_resolve_cannot_work(make_head):
+def test_a_rotation_that_cannot_work_is_refused_at_once(make_head):
     head = make_head(num_classes=50_000, dim=2, prototypes=nn.functional.normalize(torch.randn(50_000, 2)))
-    with pytest.warns(UserWarning, match='stop=0'):
-        AssignmentScheduler(head, evenness=math.inf)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        # Without the rotation there is no limit.
-        AssignmentScheduler(head)
-        paper_rule(head)
+    with pytest.raises(ValueError, match="50000 classes by 50000 prototypes are too many for the rotation"):
+        AssignmentScheduler(head, recipe='even')
+    # Without the rotation there is no limit.
+    AssignmentScheduler(head)
+    AssignmentScheduler(head, recipe='even', stop=0)
+    paper_rule(head)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -279,11 +243,11 @@ def test_no_synchronisation_on_a_gpu(make_head):
 
 def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=3, evenness=math.inf)
-    running = RunningClassMeans(7, 4)
+    scheduler = AssignmentScheduler(head, interval=3, recipe='even')
+    running = MovingClassMeans(7, 4, memory=0.98)
     for _ in range(3):
         x, labels = torch.randn(32, 12), torch.randint(0, 7, (32,))
-        expected = head.current_scale() * head.embed(x) @ running.directions().t()
+        expected = head.current_scale() * head.embed(x) @ running.centred_directions().t()
         assert scheduler.warming_up and torch.allclose(head(x), expected, atol=1e-6)
         scheduler.step(labels)
         running.add(head.embed(x).detach(), labels)
@@ -296,13 +260,13 @@ def test_in_the_warmup_running_means_are_the_class_vectors_of_training_alone(mak
 def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
     head = make_head()
     before = head.prototypes.clone()
-    scheduler = AssignmentScheduler(head, interval=3, evenness=math.inf)
+    scheduler = AssignmentScheduler(head, interval=3, recipe='even')
     for step in range(3):
         assert feed(head, scheduler, step) is None
-    means = scheduler._running.directions()
+    means = scheduler.warmup.class_means.centred_directions()
     assert torch.equal(head.prototypes, before)
     update = feed(head, scheduler, 3)
-    assert not scheduler.warming_up and head.warmup_vectors is None
+    assert not scheduler.warming_up and head.training_view.class_vectors is None
     expected = align_prototypes(means, before)
     assert torch.equal(head.assignment, expected.assignment) and torch.equal(head.prototypes, expected.prototypes)
     assert torch.allclose(head.prototypes @ head.prototypes.t(), before @ before.t(), atol=1e-5)
@@ -318,25 +282,29 @@ def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
 
 
 @pytest.mark.parametrize('arguments, first', [
-    (dict(interval=2, warmup=3), 3), (dict(interval=2, warmup=1, start=4), 4), (dict(interval=2), 2),
-    (dict(interval=2, stop=1), 2), (dict(interval=2, warmup=0), 2)])
+    (dict(interval=2, warmup_length=3), 3), (dict(interval=2, warmup_length=1, start=4), 1), (dict(interval=2), 2),
+    (dict(interval=2, stop=1), 2), (dict(interval=2, warmup='none'), 2), (dict(interval=2, total=9), 4),
+    (dict(interval=2, total=9, warmup_length='34 %'), 3), (dict(interval=2, total=9, recipe='even'), 2),
+    (dict(interval=2, total=1), 1), (dict(interval=2, total='8 epochs', warmup_length='3 batches'), 3)])
 def test_how_long_the_warmup_takes(make_head, arguments, first):
     head = make_head()
     scheduler = AssignmentScheduler(head, **arguments)
-    assert scheduler.warming_up == (arguments.get('warmup') != 0)
+    assert scheduler.warming_up == ('warmup' not in arguments)
     updates = [feed(head, scheduler, step) for step in range(6)]
     assert next(update.step for update in updates if update) == first and not scheduler.warming_up
 
 
 def test_a_warmup_of_epochs_and_its_early_end(make_head):
     head = make_head()
-    scheduler = AssignmentScheduler(head, warmup=2)
-    for epoch in range(2):
-        assert feed(head, scheduler, epoch) is None
-        scheduler.epoch_end()
-    assert feed(head, scheduler, 2).epoch == 2
+    for options in (dict(warmup_length='2 epochs'), dict(total='5 epochs'), dict(interval=2, total='4 epochs'),
+                    dict(recipe='even', interval=1, total='9 epochs', warmup_length='25 %')):
+        scheduler = AssignmentScheduler(head, **options)
+        for epoch in range(2):
+            assert feed(head, scheduler, epoch) is None
+            scheduler.epoch_end()
+        assert feed(head, scheduler, 2).epoch == 2
 
-    scheduler = AssignmentScheduler(head, interval=4, warmup=math.inf)
+    scheduler = AssignmentScheduler(head, interval=4, warmup_length=math.inf)
     assert all(feed(head, scheduler, step) is None for step in range(6))
     scheduler.end_warmup()
     assert feed(head, scheduler, 6).step == 6
@@ -350,32 +318,56 @@ def test_a_static_assignment_has_no_warmup(make_head):
     assert not scheduler.warming_up and not head.warming_up
 
 
-@pytest.mark.parametrize('evenness', [0.3, math.inf])
+@pytest.mark.parametrize('warmup', ['placed', 'rotated'])
 @pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
-def test_the_papers_loss_is_the_cross_entropy_in_the_warmup(make_head, train_output, evenness):
+def test_the_papers_loss_is_the_cross_entropy_in_the_warmup_and_says_so_once(make_head, train_output, warmup):
     """A loss of distances to means that follow the embeddings would be least where all embeddings are one."""
     head = make_head(train_output=train_output)
-    scheduler = AssignmentScheduler(head, interval=2, evenness=evenness)
+    scheduler = AssignmentScheduler(head, interval=2, warmup=warmup)
     feed(head, scheduler, 0)
     criterion = SquaredCosineLoss(head)
     x, labels = torch.randn(8, 12), torch.randint(0, 7, (8,))
-    vectors = head.class_prototypes if evenness == 0.3 else scheduler._running.directions()
+    vectors = head.class_prototypes if warmup == 'placed' else scheduler.warmup.class_means.centred_directions()
     logits = head.current_scale() * head.embed(x) @ vectors.t()
     soft = torch.softmax(torch.randn(8, 7), 1)
-    for targets in (labels, soft):
-        expected = nn.functional.cross_entropy(logits, targets)
-        assert criterion(head(x), targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for targets in (labels, soft):
+            expected = nn.functional.cross_entropy(logits, targets)
+            assert criterion(head(x), targets).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert [str(each.message)[:38] for each in caught] == ['SquaredCosineLoss is the cross-entropy']
     head.eval()
     squared = 30 * (1 - (head.embed(x) * head.class_prototypes[labels]).sum(1)).square().mean()
     assert criterion(head(x), labels).item() == pytest.approx(squared.item(), rel=1e-5)
 
 
-def test_a_state_from_before_there_were_warmups_goes_on_without_one(make_head):
-    scheduler = paper_rule(make_head(), interval=3)
-    feed(scheduler.heads[0], scheduler, 0)
-    state = scheduler.state_dict()
-    del state['running'], state['placement']
-    after = AssignmentScheduler(make_head(), interval=3)
-    after.load_state_dict(state)
-    assert not after.warming_up and not after.heads[0].warming_up
-    assert torch.equal(after.class_means.sums, scheduler.class_means.sums)
+def test_a_share_without_the_length_of_the_training_is_refused_at_the_first_step(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, warmup_length='half')
+    with pytest.raises(ValueError, match='needs the length of the training: give total'):
+        feed(head, scheduler, 0)
+
+
+def test_the_papers_recipe_is_the_papers(make_head):
+    """A random first assignment, prototypes that never move, and its moving average of class means."""
+    head = make_head(recipe='paper', seed=3)
+    assert sorted(head.assignment.tolist()) == list(range(7)) != head.assignment.tolist()
+    assert torch.equal(head.assignment, make_head(recipe='paper', seed=3).assignment)
+    assert not torch.equal(head.assignment, make_head(recipe='paper', seed=4).assignment)
+    before, table = head.prototypes.clone(), torch.zeros(7, 4)
+    scheduler = AssignmentScheduler(head, interval=3)
+    assert not scheduler.warming_up
+    for step in range(3):
+        x, labels = torch.randn(16, 12), torch.randint(0, 7, (16,))
+        for z, label in zip(head.embed(x).detach(), labels):
+            table[label] = 0.9 * table[label] + 0.1 * z
+        head(x)
+        assert scheduler.step(labels) is None
+    # Of several samples of a class in one batch each has the same weight: close to the sample by sample average.
+    cosines = nn.functional.cosine_similarity(scheduler.class_means.directions().float(), table)
+    assert (cosines > 0.99).all()
+    means = scheduler.class_means.directions()
+    update = feed(head, scheduler, 3)
+    expected = solve_assignment(class_means=means, prototypes=before)
+    assert torch.equal(head.assignment, expected.assignment) and update.event == 'resolve'
+    assert torch.equal(head.prototypes, before) and scheduler.recipe.loss == 'squared_cosine'

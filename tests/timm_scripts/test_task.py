@@ -167,7 +167,7 @@ def by_hand(interval, epochs=3):
     """The same training as a plain loop, and the assignment in force at each batch."""
     model = make_model(dl2pa_dim=3).train()
     head = model.get_classifier()
-    scheduler = AssignmentScheduler(model, interval=interval, warmup=math.inf)
+    scheduler = AssignmentScheduler(model, interval=interval, warmup_length=math.inf)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
     losses = []
@@ -370,10 +370,10 @@ def test_a_script_without_tasks_is_refused_when_it_makes_its_saver(tmp_path):
 
 def test_the_warmup_counts_epochs_whatever_the_interval(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup_epochs=2)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup_length='2 epochs')
     assert [update.step for update in task.assignment_scheduler.history] == [8, 9]
     assert 'after a warm-up of 2 epochs' in caplog.text
-    paper = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup_epochs=0)
+    paper = train(tmp_path, dl2pa_dim=3, dl2pa_interval=3, dl2pa_warmup='none')
     assert [update.step for update in paper.assignment_scheduler.history] == [3, 6, 9]
     fresh = make_model(dl2pa_dim=3).get_classifier().prototypes
     assert torch.equal(paper.dl2pa_heads[0].prototypes, fresh)
@@ -444,7 +444,7 @@ def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
 def test_the_scheduler_gets_its_options(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     task = train(tmp_path, dl2pa_dim=3, dl2pa_interval='2:4,3', dl2pa_background=True, dl2pa_lag=2, dl2pa_min_gain=0.01,
-                 dl2pa_warmup_epochs=0)
+                 dl2pa_warmup='none')
     assert 're-solved every 2 (up to 4), then 3 batches in the background, 2 batches behind, exactly' in caplog.text
     assert task.assignment_scheduler.min_gain == 0.01
     # The one that fell due after the fourth batch began when the first was taken, both before the fifth.
@@ -551,9 +551,9 @@ def in_process(rank, port, folder):
         for name, options in (
                 ('epoch', dict(dl2pa_loss='squared_cosine')),
                 ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
-                ('paper', dict(dl2pa_warmup_epochs=0)),
+                ('paper', dict(dl2pa_warmup='none')),
                 ('primed', dict(dl2pa_prime=2)),
-                ('no validation', dict(validate=False, dl2pa_evenness='inf')),
+                ('no validation', dict(validate=False, dl2pa_recipe='even')),
                 ('batch norm', dict(name='test_resnet', img_size=None, dl2pa_neck='linear_bn', lr=0.05)),
         ):
             task = train(f'{folder}/{name}', **{**DISTRIBUTED, **options})
@@ -595,9 +595,9 @@ def test_two_processes(tmp_path):
 
     # One process with the same samples comes to the same assignments, and sums up the same class means.
     for name, options in (('epoch', dict(dl2pa_loss='squared_cosine')),
-                          ('batches', dict(dl2pa_interval=3)), ('paper', dict(dl2pa_warmup_epochs=0)),
+                          ('batches', dict(dl2pa_interval=3)), ('paper', dict(dl2pa_warmup='none')),
                           ('primed', dict(dl2pa_prime=2)),
-                          ('no validation', dict(validate=False, dl2pa_evenness='inf'))):
+                          ('no validation', dict(validate=False, dl2pa_recipe='even'))):
         task = train(tmp_path / f'alone {name}', **{**DISTRIBUTED, **options})
         history = [(update.step, update.moved) for update in task.assignment_scheduler.history]
         assert first[name] == (task.dl2pa_heads[0].assignment.tolist(), history)

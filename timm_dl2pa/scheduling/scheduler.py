@@ -69,7 +69,8 @@ class AssignmentScheduler:
         self.clock = Clock(total)
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
         self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
-        self._make_warmup = warmup_maker('none' if stop == 0 else warmup or self.recipe.warmup, self.heads, evenness)
+        kind = self.recipe.warmup if warmup is None else warmup
+        self._make_warmup = warmup_maker('none' if stop == 0 else kind, self.heads, evenness)
         self.warmup = self._make_warmup()
         self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
         self.due = False  # whether a re-solve waits for the next batch
