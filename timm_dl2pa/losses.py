@@ -1,4 +1,4 @@
-"""The paper's two losses, on whatever a DL2PA head returns in training, and a cross-entropy for long tails."""
+"""The paper's two losses, on what a DL2PA head returns in training, and a cross-entropy for long tails."""
 import warnings
 
 import torch
@@ -103,16 +103,15 @@ class _PrototypeLoss(nn.Module):
 
 
 class SquaredCosineLoss(_PrototypeLoss):
-    """`weight * (1 - cos(z, p_a(y)))^2`, the paper's balanced loss (of Hyperspherical Prototype Networks, Mettes et
-    al. 2019).
+    """Pulls each embedding to its class's prototype by `weight * (1 - cos(z, p_a(y)))^2`, the paper's balanced loss.
 
-    The paper sums it over a batch of 128 and trains at the learning rate 0.01: that is `reduction='sum', weight=1`.
-    By default it is the batch's mean times 30, which does not depend on the batch size and suits the learning rates
-    that one would give cross-entropy: of 1, 3, 10, 30 and 100 it came out best on average over SGD's 0.02 to 0.2 at
-    batch 128 (`benchmarks/results/loss_grid.json`; one seed of a short training). At the paper's batch size, its sum at
-    0.01 is a mean times 12.8 at 0.1.
+    (Of Hyperspherical Prototype Networks, Mettes et al. 2019.) The paper sums it over a batch of 128 and trains at the
+    learning rate 0.01: that is `reduction='sum', weight=1`. By default it is the batch's mean times 30, which does not
+    depend on the batch size and suits the usual learning rates of cross-entropy. Of the weights 1, 3, 10, 30 and 100 it
+    was the best on average over SGD's learning rates 0.02 to 0.2 at batch 128 (`benchmarks/results/loss_grid.json`; one
+    seed of a short training). The paper's sum over 128 samples at 0.01 equals a mean times 12.8 at 0.1.
 
-    With soft targets (B, C) it is the expectation `sum_c t_c (1 - cos(z, p_a(c)))^2`, which costs the (B, C) cosines.
+    With soft targets (B, C) it is the expectation `sum_c t_c (1 - cos(z, p_a(c)))^2`, which needs the (B, C) cosines.
     With hard targets and a head that returns embeddings the cost does not depend on the number of classes.
 
     Args:
@@ -125,8 +124,9 @@ class SquaredCosineLoss(_PrototypeLoss):
         ValueError: The head's scale is learned, or `reduction` is unknown.
 
     Example:
-        >>> criterion = SquaredCosineLoss(model.get_classifier())
-        >>> loss = criterion(model(images), labels)
+        >>> head = DL2PAHead(in_features=512, num_classes=100, dim=50, recipe='paper')
+        >>> criterion = SquaredCosineLoss(head, reduction='sum', weight=1.0)    # as the paper has it
+        >>> loss = criterion(head(torch.randn(8, 512)), torch.arange(8))
     """
 
     def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 30.0):
@@ -140,7 +140,7 @@ class SquaredCosineLoss(_PrototypeLoss):
 
 
 class DotRegressionLoss(_PrototypeLoss):
-    """The long-tailed loss of the paper: dot regression against prototypes of a length that balances the batch.
+    """Gives each class that is present in a batch the same weight: dot regression, the paper's loss for long tails.
 
     `(h.m - |m| |h|)^2 / (2 |h|)` (Yang et al., NeurIPS 2022) with the unit embedding h and m = L_c p_a(c), where a
     class present n_c times in a batch of B has the squared length `L_c^2 = (B / number of classes present) / n_c`. As
@@ -158,6 +158,11 @@ class DotRegressionLoss(_PrototypeLoss):
     Raises:
         TypeError: `head` is no DL2PAHead.
         ValueError: The head's scale is learned, or `reduction` is unknown.
+
+    Example:
+        >>> head = DL2PAHead(in_features=512, num_classes=100, dim=50, learn_scale=False)
+        >>> criterion = DotRegressionLoss(head)
+        >>> loss = criterion(head(torch.randn(8, 512)), torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]))
     """
 
     def __init__(self, head: DL2PAHead, reduction: str = 'mean', weight: float = 1.0):
@@ -184,11 +189,11 @@ class DotRegressionLoss(_PrototypeLoss):
 
 
 class BalancedSoftmaxLoss(nn.Module):
-    """Cross-entropy of `logits_c + log n_c`, with the number n_c of samples of class c, for long tails.
+    """Computes the cross-entropy of `logits_c + log n_c`, with the number n_c of samples of class c, for long tails.
 
-    (Balanced softmax, Ren et al., NeurIPS 2020; logit adjustment, Menon et al., ICLR 2021.) The frequency of the
-    classes is told to the softmax in training, so that the logits need not learn it: in evaluation, without that term,
-    they classify as if all classes were as frequent. Where they are, it is the cross-entropy.
+    (Balanced softmax, Ren et al., NeurIPS 2020; logit adjustment, Menon et al., ICLR 2021.) The term tells the softmax
+    the frequency of the classes, so that the logits need not learn it: in evaluation, without the term, they classify
+    as if all classes were equally frequent. For equally frequent classes it is the cross-entropy.
 
     It takes the logits of any classifier, a DL2PA head's or a linear one's. Without `class_counts` it counts the
     targets that it is given while gradients are enabled, one more for each class; soft ones by their shares. Each
@@ -198,15 +203,15 @@ class BalancedSoftmaxLoss(nn.Module):
 
     Args:
         num_classes: C.
-        class_counts: (C,) positive numbers, or such as are proportional to them. Default: counted in training.
+        class_counts: (C,) positive numbers, proportional to the numbers of samples. Default: counted in training.
         reduction: 'mean' or 'sum' over the batch, or 'none'.
 
     Raises:
         ValueError: The counts are not C positive, finite numbers, or `reduction` is unknown.
 
     Example:
-        >>> criterion = BalancedSoftmaxLoss(100, class_counts=torch.bincount(labels_of_training))
-        >>> loss = criterion(model(images), labels)
+        >>> criterion = BalancedSoftmaxLoss(num_classes=3, class_counts=torch.tensor([500, 50, 5]))
+        >>> loss = criterion(torch.randn(8, 3), torch.randint(0, 3, (8,)))
     """
 
     class_counts: torch.Tensor
@@ -218,8 +223,8 @@ class BalancedSoftmaxLoss(nn.Module):
         self.counting = class_counts is None
         counts = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts).float()
         if counts.shape != (num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
-            raise ValueError(f'class_counts must be {num_classes} positive numbers: leave out classes without samples, '
-                             f'or count them as one.')
+            raise ValueError(f'class_counts must be {num_classes} positive numbers: count a class without samples as '
+                             f'1.')
         self.reduction = reduction
         self.register_buffer('class_counts', counts.clone())
 

@@ -1,4 +1,4 @@
-"""A function that runs in a thread beside the training."""
+"""Background: a function that runs in a thread beside the training."""
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -9,10 +9,11 @@ T = TypeVar('T')
 
 
 class Background(Generic[T]):
-    """Calls a function at once, in a thread that no exit of the program waits for.
+    """Calls a function at once, in a daemon thread: the program's exit does not wait for it.
 
     Args:
-        function: Without arguments. It should let other threads run, as NumPy and PyTorch do while they compute.
+        function: A function without arguments. It should release Python's global lock for most of its time, as NumPy
+            and PyTorch do while they compute.
     """
 
     def __init__(self, function: Callable[[], T]):

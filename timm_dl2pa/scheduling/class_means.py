@@ -31,11 +31,11 @@ def directions_of(sums: torch.Tensor) -> torch.Tensor:
 
 
 class ClassMeans:
-    """A running sum of unit embeddings for each class; its direction is the class mean m_c.
+    """Keeps a running sum of unit embeddings for each class; its direction is the class mean m_c.
 
-    The sum is plain between two calls of `decay`, so that it does not depend on how the samples fell into batches, or
-    onto the processes of a distributed run, beyond float32 rounding. It is kept linear and the direction is taken when
-    needed, so that sums can be added up.
+    Between two calls of `decay` the sum is plain, so that it does not depend, beyond float32 rounding, on how the
+    samples fell into batches or onto processes. It stays linear, so that the sums of processes can be added up; its
+    direction is taken when needed.
 
     In a distributed run each process sums its own samples, and `merge` moves everybody's onto rank 0.
 
@@ -43,6 +43,12 @@ class ClassMeans:
         num_classes: C.
         dim: d.
         device: Where the sums live, (C, d) float32.
+
+    Example:
+        >>> means = ClassMeans(num_classes=3, dim=2)
+        >>> means.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        >>> means.directions()[0]
+        tensor([0.7071, 0.7071], dtype=torch.float64)
     """
 
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):

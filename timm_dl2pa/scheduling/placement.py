@@ -14,16 +14,16 @@ from .warmup import Warmup
 
 __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
 
-# A class vector follows about its class's last samples: a ninth of those seen so far, and 5.5. So it moves fast while
-# the network is young, and by the warm-up's end noise has been averaged away.
+# A class vector follows about the last 5.5 samples of its class, and a ninth of all seen so far. So it moves fast while
+# the network is young, and at the end of the warm-up it averages over many samples.
 _MEMORY = 5.5
 _MEMORY_SHARE = 1 / 9
-# Samples per class that one batch counts for, at most: faster starts overshoot, where classes are few.
+# Samples per class that one batch counts for, at most. Where classes are few, faster starts overshoot.
 _LARGEST = 0.5
-# The steps that keep classes apart are at most so long beside the inverse of `_curvature`, that is, about one over the
-# energy's largest curvature: from two over it on they would overshoot, and the classes end up anywhere.
+# Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
+# From two over it on, the steps would overshoot and scatter the classes.
 _LONGEST = 1.5
-# Classes that the others are kept from at one step: all of them up to here, then one block after the other.
+# Number of classes whose repulsion one step computes: all of them up to here, beyond it one block after the other.
 _BLOCK = 128
 
 

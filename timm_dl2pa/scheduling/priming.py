@@ -1,4 +1,4 @@
-"""prime: a head set by the features of a trained backbone, before the first step of training."""
+"""prime: sets a head by the features of a trained backbone, before the first step of training."""
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,13 +18,14 @@ from .scheduler import AssignmentScheduler
 
 __all__ = ['Primer', 'prime']
 
-# Share of the mean variance that is added to each direction's, so that those without any do not count for much.
+# Share of the mean variance that is added to the variance of each direction, so that directions without variance have
+# little influence.
 _RIDGE = 0.01
 _SUMS = ('counts', 'sums', 'squares')
 
 
 class _Features:
-    """Sums of the features (B, F) that a head's neck is given, over classes and in all, in float64."""
+    """Sums of a head's features (B, F), for each class and over all samples, in float64."""
 
     def __init__(self, head: DL2PAHead):
         device = head.prototypes.device
@@ -79,7 +80,10 @@ class _Features:
 
 
 class Primer:
-    """Gathers the features that the heads of a model are given, and sets the heads by them: `prime`, in two steps.
+    """Gathers the features of a model's heads batch by batch, then sets the heads by them: `prime` in two steps.
+
+    Args:
+        heads: The heads of a model, the main one first.
 
     Example:
         >>> primer = Primer(heads)
@@ -94,36 +98,41 @@ class Primer:
         self._statistics = [_Features(head) for head in heads]
 
     def add(self, targets: torch.Tensor) -> None:
-        """Fold in the features of the last forward, with its targets (B,) or (B, C)."""
+        """Add the features of the last forward, with its targets (B,) or (B, C).
+
+        Raises:
+            ValueError: The targets do not fit the features.
+        """
         for found in self._statistics:
             found.add(targets)
 
     def close(self) -> None:
-        """Observe no longer."""
+        """Stop gathering features."""
         for head in self.heads:
             head.training_view.on_features = None
 
     @torch.no_grad()
     def finish(self, scheduler: AssignmentScheduler | None = None) -> float:
-        """Set the heads, end the scheduler's warm-up and observe no longer; what `prime` returns and raises."""
+        """Set the heads, end the scheduler's warm-up and stop gathering features. Returns and raises what `prime` does.
+        """
         self.close()
         for found in self._statistics:
             found.gather()
         counts = self._statistics[0].counts
         if not counts.sum() > 0:
-            raise ValueError('loader gave no batch to prime from.')
+            raise ValueError('loader has no batch: prime needs images of the classes.')
         solutions = [found.solution() for found in self._statistics]
         head, (centre, means, seen, covariance) = self.heads[0], solutions[0]
         if not seen.all():
-            warnings.warn(f'{(~seen).sum()} of {len(seen)} classes had no images, class {np.flatnonzero(~seen)[0]} '
-                          f'the first of them: they stand at the prototypes that the others left.', stacklevel=3)
+            warnings.warn(f'{(~seen).sum()} of {len(seen)} classes had no images (the first is class '
+                          f'{np.flatnonzero(~seen)[0]}): they get the prototypes that are left.', stacklevel=3)
         if head.config.neck == 'none':
-            # No neck could take the centre away.
+            # There is no neck that could subtract the centre.
             aligned = align_prototypes(_unit_rows(means + np.where(seen[:, None], centre, 0.0)), head.prototypes)
             answer = aligned.assignment, aligned.prototypes, aligned.objective / seen.sum()
         else:
             answer = _fit(means, covariance, head.prototypes)
-        # The sums are equal everywhere, but processors may differ in the last bit.
+        # The sums are equal on every process, but processors may differ in the last bit.
         assignment, prototypes, explained = broadcast_from_rank_0(answer)
         for head, solution in zip(self.heads, solutions):
             head.assign(assignment, prototypes)
@@ -138,7 +147,7 @@ class Primer:
         return [{name: getattr(found, name).cpu().clone() for name in _SUMS} for found in self._statistics]
 
     def load_state_dict(self, state: list[dict[str, torch.Tensor]]) -> None:
-        """Go on from a state. In a distributed run all processes load the same one: rank 0 keeps it."""
+        """Take over a state. In a distributed run all processes load the same one, and rank 0 keeps it."""
         keep = rank() == 0
         for found, saved in zip(self._statistics, state, strict=True):
             for name in _SUMS:
@@ -155,39 +164,45 @@ def prime(
 ) -> float:
     """Set assignment, rotation of the prototypes and neck by a trained backbone's features, in one pass over images.
 
-    The neck is that which in the least squares maps each sample's features to its class's prototype, each class
-    counting the same: `W = P_a^T M S^-1 / C`, with the centred class means M (C, F) and the features' covariance S
-    (and a hundredth of its mean variance added). What it explains is greatest where `sum_cd G_cd <p_a(c), p_a(d)>` is,
-    with the similarity `G = M S^-1 M^T` of the classes. So the prototypes are aligned (`align_prototypes`) to the d
-    leading directions of G, with three weightings of these, of which the one that explains the most counts.
+    The neck is the least-squares map from each sample's features to its class's prototype, with equal weights for the
+    classes: `W = P_a^T M S^-1 / C`, with the centred class means M (C, F) and the features' covariance S (with a
+    hundredth of its mean variance added). The variance that it explains is proportional to
+    `sum_cd G_cd <p_a(c), p_a(d)>`, with the similarity `G = M S^-1 M^T` of the classes. So the prototypes are aligned
+    (`align_prototypes`) to the d leading directions of G, under three weightings; the one that explains the most is
+    kept.
 
-    The outputs of a linear neck keep the total variance that they had, for the learning rate's sake. A warm-up of
-    the scheduler is skipped: there is an assignment. Nothing else is changed.
+    The outputs of a linear neck keep their total variance, so that the learning rate still fits. The scheduler's
+    warm-up is skipped, since there is an assignment already. Nothing else is changed.
 
     Args:
-        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode and is put back. Where
-            it has several heads, the first decides the assignment, and each neck is set by its own features.
+        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode; its modes are restored.
+            If it has several heads, the first decides the assignment, and each neck is set by its own features.
         loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
-            indices (B,), or soft targets (B, C). Training images, best without augmentation.
-        scheduler: The model's, if there is one.
-        max_batches: Take no more than so many. A few dozen images of a class suffice.
+            indices (B,), or soft targets (B, C). Training images without augmentation are best. In a distributed run
+            every process gives its own part of them.
+        scheduler: The model's scheduler, if there is one.
+        max_batches: Largest number of batches to take. A few dozen images a class suffice.
         progress: Show a bar on stderr (on rank 0).
-
-    In a distributed run every process calls it with its own part of the images.
 
     Returns:
         The share of the prototypes' variance that the features explain, 0 to 1. (With `neck='none'` there is no fit: it
         is the mean cosine of a class mean with its prototype.)
 
     Raises:
-        ValueError: The model has no DL2PA head, the scheduler is another model's, no batch came, targets do not fit, or
-            features are not finite. The model was not changed.
+        ValueError: The model has no DL2PA head, the scheduler belongs to another model, the loader is empty, targets do
+            not fit, or features are not finite. The model was not changed.
+
+    Example:
+        >>> scheduler = AssignmentScheduler(model)
+        >>> explained = prime(model, loader, scheduler, progress=False)
+        >>> 0 < explained <= 1 and not scheduler.warming_up
+        True
     """
     heads = heads_of(model)
     if not heads:
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
     if scheduler is not None and scheduler.heads[0] is not heads[0]:
-        raise ValueError('scheduler is of another model: make it with the model that is primed.')
+        raise ValueError('scheduler belongs to another model: make it with the model that is primed.')
     # DistributedDataParallel's own forward would wait for the other processes, whose parts may be smaller.
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     first = next(inner.parameters(), heads[0].prototypes)
@@ -198,7 +213,7 @@ def prime(
     modes = {module: module.training for module in inner.modules()}
     primer = Primer(heads)
     try:
-        for module in modes:  # not by eval(), of which a training task would hear as of an epoch's end
+        for module in modes:  # not by eval(), which a training task takes for the end of an epoch
             module.training = False
         with torch.no_grad(), tqdm(total=total, desc='prime', disable=quiet, unit='batch') as bar:
             for batch in islice(loader, max_batches):
@@ -219,7 +234,7 @@ def _fit(means: np.ndarray, covariance: np.ndarray, prototypes: torch.Tensor
     values, vectors = np.linalg.eigh(similarity)
     dim, best = prototypes.shape[1], None
     values, vectors = np.maximum(values[::-1][:dim], 0.0), vectors[:, ::-1][:, :dim]
-    # How much the first directions, those of families of classes, should weigh in the alignment depends on the classes.
+    # How much weight the leading directions, those of groups of classes, should have depends on the classes.
     for power in (0.5, 1.0, 2.0):
         rows = np.pad(vectors * values ** power, ((0, 0), (0, dim - vectors.shape[1])))
         found = align_prototypes(rows, prototypes)
@@ -243,12 +258,12 @@ def _set_neck(head: DL2PAHead, centre: np.ndarray, means: np.ndarray, seen: np.n
     old = linear.weight.detach().double().cpu().numpy()
     variance = np.einsum('if,fg,ig->i', weight, covariance, weight)
     if isinstance(head.neck, nn.Linear):
-        # As long as the embeddings were, about.
+        # The embeddings keep about the length that they had.
         factor = np.sqrt(np.einsum('if,fg,ig->', old, covariance, old) / max(variance.sum(), 1e-30))
         linear.weight.copy_(torch.from_numpy(factor * weight))
         linear.bias.copy_(torch.from_numpy(-factor * weight @ centre))
         return
-    # Batch norm takes the variance away and gives it back: together they are the linear map.
+    # Batch norm divides by the deviation and multiplies by it again: together they are the linear map.
     norm = head.neck[1]
     linear.weight.copy_(torch.from_numpy(weight * np.sqrt(len(weight) / max(variance.sum(), 1e-30))))
     variance *= len(weight) / max(variance.sum(), 1e-30)

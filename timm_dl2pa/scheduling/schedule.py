@@ -1,4 +1,4 @@
-"""Schedule: when a re-solve falls due."""
+"""Schedule: after which batches or epochs a re-solve falls due."""
 import re
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ __all__ = ['Schedule']
 
 @dataclass(frozen=True)
 class Schedule:
-    """A re-solve after every so many batches, or epochs: often early on, when labels still move, and seldom later.
+    """Says after which batches, or epochs, a re-solve falls due: often at first, when labels still move, rarely later.
 
     Args:
         stages: Pairs (every, until): up to the count `until` a re-solve falls due after every `every`, counted from the
@@ -15,10 +15,14 @@ class Schedule:
         unit: 'batches' or 'epochs', what is counted.
 
     Raises:
-        ValueError: There is no stage, an `every` is below 1, `until` does not rise, or the unit is none.
+        ValueError: There is no stage, an `every` is below 1, `until` does not rise, or the unit is unknown.
 
     Example:
-        >>> Schedule(((100, 1000), (1000, None)))     # or, wherever an interval is asked for, '100:1000,1000'
+        >>> schedule = Schedule(((100, 1000), (1000, None)))
+        >>> schedule == Schedule.of('100:1000,1000')        # the text, which any `interval` takes
+        True
+        >>> [count for count in range(1, 3001) if schedule.due(count)][8:]
+        [900, 1000, 2000, 3000]
     """
     stages: tuple[tuple[int, int | None], ...]
     unit: str = 'batches'
@@ -63,7 +67,7 @@ class Schedule:
                    'epochs' if found[2] else 'batches')
 
     def due(self, count: int) -> bool:
-        """Whether a re-solve falls due after so many batches, or epochs."""
+        """Return whether a re-solve falls due after `count` batches, or epochs."""
         begin = 0
         for every, until in self.stages:
             if until is None or count <= until:
