@@ -11,67 +11,25 @@ images. A run whose file is complete is not run again; one that was cut goes on 
 
 The methods are described in `accuracy_methods.py`.
 """
-import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
+from accuracy_arguments import make_parser, recipe_of
 from accuracy_execute import execute
-from accuracy_queue import QUEUES, queue
-from accuracy_recipe import SIZES, Recipe
+from accuracy_queue import queue
 from image_arrays import load_images
-from results_file import RESULTS
 
 # Exit status of a run that ended at --until.
 OUT_OF_TIME = 3
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data-dir')
-    parser.add_argument('--arrays')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS / 'accuracy')
-    parser.add_argument('--queue', choices=QUEUES, help='run a list of runs, one after the other')
-    parser.add_argument('--parallel', type=int, default=1, help='runs of a list side by side, on a large GPU')
-    parser.add_argument('--until', type=float, default=math.inf, metavar='UNIX_TIME',
-                        help='end by then with a checkpoint, from which the next call goes on; exit status 3')
-    parser.add_argument('--size', choices=tuple(SIZES), help='a set of defaults')
-    parser.add_argument('--dl2pa', nargs='*', default=[], metavar='NAME=VALUE', help='arguments of AssignmentScheduler')
-    for name, value in asdict(Recipe()).items():
-        flag = '--' + name.replace('_', '-')
-        if isinstance(value, bool):
-            parser.add_argument(flag, action='store_true', default=None)
-        elif name != 'dl2pa':
-            kinds = {'scale': float, 'loss_weight': float, 'imbalance': float, 'image_size': int, 'neck': str,
-                     'start_from': str, 'dl2pa_recipe': str}
-            parser.add_argument(flag, type=kinds.get(name) or type(value))
-    return parser
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    given = {name: getattr(args, name) for name in asdict(Recipe()) if name != 'dl2pa'}
-    given = {name: value for name, value in given.items() if value is not None}
-    options = {}
-    for pair in args.dl2pa:
-        name, _, value = pair.partition('=')
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return Recipe(**{**SIZES.get(args.size, {}), **given, 'dl2pa': options})
-
-
 def main() -> int:
-    parser = _parser()
-    args = parser.parse_args()
+    args = make_parser(__doc__).parse_args()
     place = [f'{flag}={value}' for flag, value in (('--data-dir', args.data_dir), ('--arrays', args.arrays)) if value]
     place += [f'--device={args.device}', f'--output={args.output}', f'--until={args.until}']
     if args.queue:
@@ -84,7 +42,7 @@ def main() -> int:
         with ThreadPoolExecutor(args.parallel) as pool:
             failed = [code for code in pool.map(run, queue(args.queue)) if code]
         return failed[0] if failed else 0
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     images = load_images(data_dir=args.data_dir, arrays=args.arrays, size=recipe.image_size)
     args.output.mkdir(parents=True, exist_ok=True)
     hidden, words = ('--data-dir', '--arrays', '--output', '--device', '--until'), []
