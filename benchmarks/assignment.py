@@ -3,6 +3,7 @@
     python benchmarks/assignment.py                      # 100 to 10,000 classes; minutes
     python benchmarks/assignment.py --large              # 21,841 and 100,000; an hour, 12 GB for the peers' matrices
     python benchmarks/assignment.py --recorded           # class means of a training on scikit-learn's digits
+    python benchmarks/assignment.py --device cuda        # 21,841 and 100,000: ours on the GPU, beside ours on the CPU
 
 Class means are w p_a(c) + noise of norm 1: w = 1 is what training leads to, 0.3 what is hard. Rounds are interleaved,
 seconds are medians of them (who takes over half a minute has one). Peak memory is what a solver takes beyond the
@@ -11,7 +12,6 @@ whichever is installed is measured.
 """
 import argparse
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results_file import RESULTS, write_results
+from results_file import add_output_argument, read_results, result_name, write_results
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
@@ -45,6 +45,12 @@ LARGE = [
     (100_000, 512, '1 % displaced', ()),
     (21_841, 128, '10 % displaced', PEERS),
     (21_841, 512, COLD, ()),
+]
+ON_A_GPU = [
+    (21_841, 128, '1 % displaced', ()),
+    (21_841, 128, COLD, ()),
+    (21_841, 128, DRIFT, ()),
+    (100_000, 128, '1 % displaced', ()),
 ]
 
 
@@ -87,8 +93,21 @@ def by_ours(means: np.ndarray, prototypes: np.ndarray, start: Any) -> Assignment
     return solve_assignment(class_means=means, prototypes=prototypes, start=start)
 
 
-def solvers(peers: tuple[str, ...]) -> dict[str, Callable]:
+def by_ours_on(device: str) -> Callable:
+    """Return our solver, with the passes over all pairs on a device; moving the inputs there counts."""
+    warm = torch.ones(64, 64, device=device)
+    (warm @ warm).topk(2)  # what a device does once, it does now
+
+    def solve(means: np.ndarray, prototypes: np.ndarray, start: Any) -> AssignmentResult:
+        return solve_assignment(class_means=torch.from_numpy(means).to(device),
+                                prototypes=torch.from_numpy(prototypes).to(device), start=start)
+    return solve
+
+
+def solvers(peers: tuple[str, ...], device: str) -> dict[str, Callable]:
     found: dict[str, Callable] = {'ours': by_ours}
+    if device != 'cpu':
+        found[f'ours on {torch.device(device).type}'] = by_ours_on(device)
     if 'scipy' in peers:
         found['scipy'] = by_scipy
     if 'lap' in peers:
@@ -109,18 +128,21 @@ def timed(solve: Callable, *problem: Any) -> tuple[Any, float, int | None]:
     before = None
     if _highest() is not None:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be taken again
-        Path('/proc/self/clear_refs').write_text('5')  # forgets the peak
-        before = _highest()
+        try:
+            Path('/proc/self/clear_refs').write_text('5')  # forgets the peak
+            before = _highest()
+        except OSError:  # a system that lets nobody: there is no figure then
+            pass
     began = time.perf_counter()
     answer = solve(*problem)
     seconds = time.perf_counter() - began
     return answer, seconds, None if before is None else _highest() - before
 
 
-def measure(
-        means: np.ndarray, prototypes: np.ndarray, start: Any, rounds: int, peers: tuple[str, ...]) -> dict[str, Any]:
+def measure(means: np.ndarray, prototypes: np.ndarray, start: Any, rounds: int, peers: tuple[str, ...],
+            device: str) -> dict[str, Any]:
     """Return what each solver took, and how good its answer is."""
-    chosen = solvers(peers)
+    chosen = solvers(peers, device)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     peaks: dict[str, list[int | None]] = {name: [] for name in chosen}
     row: dict[str, Any] = {}
@@ -131,8 +153,11 @@ def measure(
             answer, took, peak = timed(solve, means, prototypes, start)
             seconds[name].append(took)
             peaks[name].append(peak)
-            if name == 'ours':
-                row.update(moved=answer.moved, exact=answer.exact, gap=answer.gap)
+            if isinstance(answer, AssignmentResult):
+                if name == 'ours':
+                    row.update(moved=answer.moved, exact=answer.exact, gap=answer.gap)
+                else:
+                    row[f'{name} exact'] = answer.exact
                 answer = answer.assignment.numpy()
             row[f'{name} objective'] = float(np.einsum('cd,cd->', means, prototypes[answer]))
     for name in chosen:
@@ -171,28 +196,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--sizes', type=int, nargs='+', help='only these numbers of classes; a size of no plan is '
+                                                             'solved once, with 1 %% displaced')
     parser.add_argument('--large', action='store_true')
     parser.add_argument('--recorded', action='store_true')
     parser.add_argument('--resume', action='store_true', help='keep the rows that are in the results already')
+    add_output_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    name = 'assignment' + ('_large' if args.large else '_recorded' if args.recorded else '')
-    path = RESULTS / f'{name}.json'
-    results = json.loads(path.read_text())['results'] if args.resume and path.exists() else []
+    name = result_name('assignment' + ('_large' if args.large else '_recorded' if args.recorded else ''), args.device)
+    results = read_results(name, args.output) if args.resume else []
     done = [(row['num_classes'], row['dim'], row['case']) for row in results]
-    plan = [(len(means), means.shape[1], case, PEERS, (means, prototypes, start))
-            for case, means, prototypes, start in recorded(args.seed)] if args.recorded else [
-        (*entry, None) for entry in (LARGE if args.large else SMALL)]
+    if args.recorded:
+        plan = [(len(means), means.shape[1], case, PEERS, (means, prototypes, start))
+                for case, means, prototypes, start in recorded(args.seed)]
+    else:
+        sizes = LARGE if args.large else SMALL if args.device == 'cpu' else ON_A_GPU
+        if args.sizes is not None:
+            new = set(args.sizes) - {entry[0] for entry in sizes}
+            sizes = [*(entry for entry in sizes if entry[0] in args.sizes),
+                     *((size, 16, '1 % displaced', ()) for size in sorted(new))]
+        plan = [(*entry, None) for entry in sizes]
+    path = None
     with threadpool_limits(args.threads):
         for size, dim, case, peers, given in plan:
             if (size, dim, case) in done:
                 continue
             rounds = 1 if size > 10_000 else 3 if size == 10_000 else 9
             row = {'num_classes': size, 'dim': dim, 'case': case, 'rounds': rounds,
-                   **measure(*(given or problem(size, dim, case, args.seed)), rounds, peers)}
+                   **measure(*(given or problem(size, dim, case, args.seed)), rounds, peers, args.device)}
             results.append(row)
             print(row, flush=True)
-            path = write_results(name, vars(args), results)
+            path = write_results(name, vars(args), results, args.output)
     print(path)
 
 

@@ -1,34 +1,52 @@
 """What a head costs a training step: forward, backward and optimiser step of the head alone.
 
 Side by side in one process, in interleaved rounds, medians; float32, the paper's SGD (momentum 0.9, weight decay 1e-4),
-128 rows of 2,048 features that need a gradient (a backbone is behind them):
+rows of 2,048 features that need a gradient (a backbone is behind them):
 
 - linear: nn.Linear and cross-entropy;
+- partial_fc: a linear layer to d and Partial FC's sampled softmax, 10 % of the classes a step (`partial_fc.py`);
 - authors: the step of the authors' code, written anew from its description: gathers the targets' prototypes, squared
   cosine loss, then updates the class means at the targets, normalises the whole (C, d) table, and computes the (B, C)
   cosines for the running accuracy and its argmax;
 - logits: DL2PAHead and cross-entropy on its (B, C) logits;
 - embeddings: DL2PAHead with train_output='embeddings', SquaredCosineLoss and AssignmentScheduler.step, re-solves
-  aside;
+  aside, after the warm-up;
+- logits_placed, logits_even, embeddings_placed, embeddings_even: the same two with AssignmentScheduler.step during the
+  warm-up of a recipe;
 - neck: nn.Linear(2048, d) alone, with the sum of its output for a loss: what no head with this neck can go below.
 
+A step costs the same whatever the prototypes: they are random unit rows here, which take no time to make. On a GPU the
+rows have the peak of its memory beside what was in use before the method was made: weights, gradients, momentum and
+what a step takes.
+
     python benchmarks/head_step.py
+    python benchmarks/head_step.py --device cuda --batch-size 256 --sizes 1000,512 21841,128 100000,128 1000000,128
 """
 import argparse
 import time
+import warnings
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from results_file import write_results
+from dl2pa_recipes import scheduler_arguments
+from partial_fc import PartialFC
+from results_file import add_output_argument, read_results, result_name, write_results
 from tqdm import tqdm
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, make_prototypes
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss
 
 FEATURES = 2048
 SIZES = ((1000, 512), (21841, 128), (100000, 128))
+METHODS = ('linear', 'partial_fc', 'authors', 'logits', 'logits_placed', 'logits_even', 'neck', 'embeddings',
+           'embeddings_placed', 'embeddings_even')
+# Batches until a warm-up ends: never.
+_NEVER = 10 ** 9
+
+Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class AuthorsStep(nn.Module):
@@ -37,9 +55,10 @@ class AuthorsStep(nn.Module):
     def __init__(self, prototypes: torch.Tensor):
         super().__init__()
         num_classes, dim = prototypes.shape
-        self.neck = nn.Linear(FEATURES, dim)
+        device = prototypes.device
+        self.neck = nn.Linear(FEATURES, dim, device=device)
         self.columns = prototypes.t().contiguous()
-        self.means = F.normalize(torch.randn(num_classes, dim))
+        self.means = F.normalize(torch.randn(num_classes, dim, device=device))
 
     def loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         self.embeddings = self.neck(x)
@@ -55,21 +74,11 @@ class AuthorsStep(nn.Module):
         self.right = ((z @ self.columns).argmax(dim=1) == labels).sum()
 
 
-def steps(num_classes: int, dim: int, device: torch.device) -> dict[str, Callable[[torch.Tensor, torch.Tensor], None]]:
-    """Return a training step of each method."""
-    prototypes = make_prototypes(num_classes, dim)
-    linear = nn.Linear(FEATURES, num_classes).to(device)
-    neck = nn.Linear(FEATURES, dim).to(device)
-    authors = AuthorsStep(prototypes)
-    authors.neck.to(device)
-    authors.columns, authors.means = authors.columns.to(device), authors.means.to(device)
-    logits = DL2PAHead(FEATURES, num_classes, dim, prototypes=prototypes, device=device)
-    embeddings = DL2PAHead(
-        FEATURES, num_classes, dim, prototypes=prototypes, train_output='embeddings', device=device)
-    criterion = SquaredCosineLoss(embeddings)
-    scheduler = AssignmentScheduler(embeddings, stop=0)
+def make_step(method: str, prototypes: torch.Tensor) -> Step:
+    """Return a training step of a method, on the prototypes' device."""
+    device, (num_classes, dim) = prototypes.device, prototypes.shape
 
-    def step_of(module: nn.Module, loss, after=None):
+    def step_of(module: nn.Module, loss: Callable, after: Callable[[torch.Tensor], Any] | None = None) -> Step:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
         def step(x: torch.Tensor, labels: torch.Tensor) -> None:
@@ -80,54 +89,127 @@ def steps(num_classes: int, dim: int, device: torch.device) -> dict[str, Callabl
                 after(labels)
         return step
 
-    return {
-        'linear': step_of(linear, lambda x, y: F.cross_entropy(linear(x), y)),
-        'authors': step_of(authors, authors.loss, authors.after),
-        'logits': step_of(logits, lambda x, y: F.cross_entropy(logits(x), y)),
-        'neck': step_of(neck, lambda x, y: neck(x).sum()),
-        'embeddings': step_of(embeddings, lambda x, y: criterion(embeddings(x), y), scheduler.step),
-    }
+    if method == 'linear':
+        linear = nn.Linear(FEATURES, num_classes, device=device)
+        return step_of(linear, lambda x, y: F.cross_entropy(linear(x), y))
+    if method == 'neck':
+        neck = nn.Linear(FEATURES, dim, device=device)
+        return step_of(neck, lambda x, y: neck(x).sum())
+    if method == 'partial_fc':
+        neck, centres = nn.Linear(FEATURES, dim, device=device), PartialFC(num_classes, dim, device=device)
+        return step_of(neck, lambda x, y: centres.loss(neck(x), y), lambda y: centres.step())
+    if method == 'authors':
+        authors = AuthorsStep(prototypes)
+        return step_of(authors, authors.loss, authors.after)
+    output, _, recipe = method.partition('_')
+    head = DL2PAHead(FEATURES, num_classes, dim, prototypes=prototypes, train_output=output, device=device)
+    if method == 'logits':
+        return step_of(head, lambda x, y: F.cross_entropy(head(x), y))
+    with warnings.catch_warnings():
+        # At very many classes the end of an even warm-up would be refused; it does not come here.
+        warnings.simplefilter('ignore', UserWarning)
+        scheduler = AssignmentScheduler(head, interval=_NEVER, **scheduler_arguments(recipe or 'paper'))
+    if output == 'logits':
+        return step_of(head, lambda x, y: F.cross_entropy(head(x), y), scheduler.step)
+    criterion = SquaredCosineLoss(head)
+    return step_of(head, lambda x, y: criterion(head(x), y), scheduler.step)
+
+
+class Measurement:
+    """Times steps of `repeats` batches each, made beforehand, and reads a GPU's memory."""
+
+    def __init__(self, num_classes: int, batch_size: int, repeats: int, device: torch.device):
+        self.num_classes, self.batch_size, self.repeats, self.device = num_classes, batch_size, repeats, device
+
+    def seconds(self, step: Step) -> float:
+        """Return the seconds of a step, as a mean over the batches; the launches of one overlap the work before."""
+        batches = [(torch.randn(self.batch_size, FEATURES, device=self.device, requires_grad=True),
+                    torch.randint(0, self.num_classes, (self.batch_size,), device=self.device))
+                   for _ in range(self.repeats)]
+        self._wait()
+        began = time.perf_counter()
+        for x, labels in batches:
+            step(x, labels)
+        self._wait()
+        return (time.perf_counter() - began) / self.repeats
+
+    def _wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def make(self, method: str, prototypes: torch.Tensor) -> tuple[Step, int | None]:
+        """Return a method's step, warmed up, and the MiB that it takes of a GPU."""
+        if self.device.type != 'cuda':
+            step = make_step(method, prototypes)
+            self.seconds(step)
+            return step, None
+        before = torch.cuda.memory_allocated()
+        step = make_step(method, prototypes)
+        self.seconds(step)
+        x = torch.randn(self.batch_size, FEATURES, device=self.device, requires_grad=True)
+        labels = torch.randint(0, self.num_classes, (self.batch_size,), device=self.device)
+        torch.cuda.reset_peak_memory_stats()
+        step(x, labels)
+        return step, round((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
+
+
+def measure(num_classes: int, dim: int, methods: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of a size."""
+    device = torch.device(args.device)
+    prototypes = F.normalize(torch.randn(num_classes, dim, device=device))
+    measurement = Measurement(num_classes, args.batch_size, args.repeats, device)
+    result: dict[str, Any] = {'num_classes': num_classes, 'dim': dim}
+    steps: dict[str, Step] = {}
+    for method in methods:
+        try:
+            steps[method], memory = measurement.make(method, prototypes)
+        except torch.cuda.OutOfMemoryError:
+            result[f'{method}_failed'] = 'out of memory'
+            torch.cuda.empty_cache()
+            continue
+        if memory is not None:
+            result[f'{method}_mb'] = memory
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in tqdm(range(args.rounds), f'({num_classes}, {dim})', unit='round'):
+        for method, step in steps.items():
+            times[method].append(measurement.seconds(step))
+    result |= {f'{method}_ms': round(1000 * median(values), 3) for method, values in times.items()}
+    for method in ('linear', 'authors', 'neck', 'partial_fc'):
+        if times.get(method) and times.get('embeddings'):
+            result[f'faster_than_{method}'] = round(median(times[method]) / median(times['embeddings']), 2)
+    return result
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Return the pair (C, d) of the text 'C,d'."""
+    num_classes, dim = map(int, text.split(','))
+    return num_classes, dim
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--sizes', type=size_of, nargs='+', default=SIZES, metavar='C,d')
+    parser.add_argument('--methods', choices=METHODS, nargs='+', default=METHODS)
     parser.add_argument('--rounds', type=int, default=6, help='each times --repeats steps of each method')
     parser.add_argument('--repeats', type=int, default=10)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--resume', action='store_true', help='keep the rows that are in the results already')
+    add_output_argument(parser)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-
-    def now() -> float:
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    results = []
-    for num_classes, dim in SIZES:
-        methods = steps(num_classes, dim, device)
-        times: dict[str, list[float]] = {name: [] for name in methods}
-        for number in tqdm(range(args.rounds + 1), f'({num_classes}, {dim})', unit='round'):
-            for name, step in methods.items():
-                for _ in range(args.repeats):
-                    x = torch.randn(args.batch_size, FEATURES, device=device, requires_grad=True)
-                    labels = torch.randint(0, num_classes, (args.batch_size,), device=device)
-                    began = now()
-                    step(x, labels)
-                    if number:  # the first round warms up
-                        times[name].append(now() - began)
-        result = {'num_classes': num_classes, 'dim': dim}
-        result |= {f'{name}_ms': round(1000 * median(values), 3) for name, values in times.items()}
-        ours = median(times['embeddings'])
-        for name in ('linear', 'authors', 'neck'):
-            result[f'faster_than_{name}'] = round(median(times[name]) / ours, 2)
-        results.append(result)
-        print(result)
-        del methods
-    name = 'head_step' if device.type == 'cpu' else f'head_step_{device.type}'
-    print(write_results(name, vars(args), results))
+    name = result_name('head_step', args.device)
+    results = read_results(name, args.output) if args.resume else []
+    for num_classes, dim in args.sizes:
+        if (num_classes, dim) in [(row['num_classes'], row['dim']) for row in results]:
+            continue
+        results.append(measure(num_classes, dim, list(args.methods), args))
+        print(results[-1], flush=True)
+        path = write_results(name, vars(args), results, args.output)
+        if args.device != 'cpu':
+            torch.cuda.empty_cache()
+    print(path if results else 'nothing to do')
 
 
 if __name__ == '__main__':

@@ -2,14 +2,13 @@
 
     python benchmarks/prototypes.py                      # the table of small sizes, one core
     python benchmarks/prototypes.py --large              # thousands to a million points, all cores
-    python benchmarks/prototypes.py --gpu                # descent at (21841, 128) and (21841, 256)
+    python benchmarks/prototypes.py --device cuda        # descent at (21841, 128) and (21841, 256)
 """
 import argparse
-import json
 import time
 
 import torch
-from results_file import RESULTS, write_results
+from results_file import add_output_argument, read_results, result_name, write_results
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ PUBLISHED = {
     (200, 200): (-4.02010, -0.0046),
 }
 OPTIMAL = [(12, 3), (24, 3), (24, 4), (16, 5), (27, 6), (56, 7), (240, 8)]
+ON_A_GPU = [(21841, 128), (21841, 256)]
 LARGE = [(4224, 64), (66048, 256), (21841, 128), (21841, 384), (21841, 512), (100_000, 512), (1_000_000, 1024)]
 
 
@@ -51,10 +51,12 @@ def measure(num: int, dim: int, **options) -> dict:
     return row
 
 
-def plan(large: bool, gpu: bool) -> list[tuple]:
-    if gpu:
-        return [(21841, dim, dict(objective=objective, method='optimise', device='cuda'))
-                for dim in (128, 256) for objective in ('uniform', 'separated')]
+def descents(sizes: list[tuple[int, int]], device: str, effort: float) -> list[tuple]:
+    return [(*size, dict(objective=objective, method='optimise', device=device, effort=effort))
+            for size in sizes for objective in ('uniform', 'separated')]
+
+
+def plan(large: bool) -> list[tuple]:
     if large:
         options = [dict(objective=objective) for objective in ('uniform', 'separated')]
         options.append(dict(objective='uniform', method='cross_polytopes'))
@@ -66,26 +68,37 @@ def plan(large: bool, gpu: bool) -> list[tuple]:
     return rows
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """Return the pair (K, d) of the text 'K,d'."""
+    num, dim = map(int, text.split(','))
+    return num, dim
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--large', action='store_true')
-    parser.add_argument('--gpu', action='store_true')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--sizes', type=size_of, nargs='+', metavar='K,d', help='descents of these sizes alone')
+    parser.add_argument('--effort', type=float, default=1.0, help='of such descents')
     parser.add_argument('--resume', action='store_true', help='keep the rows that are in the results already')
+    add_output_argument(parser)
     args = parser.parse_args()
-    threads = torch.get_num_threads() if args.large or args.gpu else 1
+    gpu = args.device != 'cpu'
+    threads = torch.get_num_threads() if args.large or gpu else 1
     torch.set_num_threads(threads)
-    name = 'prototypes' + ('_large' if args.large else '_gpu' if args.gpu else '')
-    path = RESULTS / f'{name}.json'
-    results = json.loads(path.read_text())['results'] if args.resume else []
+    name = result_name('prototypes' + ('_large' if args.large else ''), args.device)
+    results = read_results(name, args.output) if args.resume else []
+    path = None
     done = [(r['num_prototypes'], r['dim'], r['objective'], r.get('method')) for r in results]
+    rows = descents(args.sizes or ON_A_GPU, args.device, args.effort) if args.sizes or gpu else plan(args.large)
     with threadpool_limits(threads):
-        for num, dim, options in tqdm(plan(args.large, args.gpu), unit='set'):
+        for num, dim, options in tqdm(rows, unit='set'):
             if (num, dim, options['objective'], options.get('method')) in done:
                 continue
             results.append(measure(num, dim, seed=args.seed, **options))
             tqdm.write(str(results[-1]))
-            path = write_results(name, vars(args), results)
+            path = write_results(name, vars(args), results, args.output)
     print(path)
 
 

@@ -1,4 +1,5 @@
 """One benchmark, one JSON file: the figures with the command, the versions and the machine that made them."""
+import argparse
 import json
 import os
 import platform
@@ -15,7 +16,12 @@ import torch
 
 import timm_dl2pa
 
+__all__ = ['RESULTS', 'add_output_argument', 'environment', 'read_results', 'result_name', 'write_json',
+           'write_results']
+
 RESULTS = Path(__file__).parent / 'results'
+# Options whose values are folders, with what stands for these in a record; None leaves the option out.
+_FOLDERS = {'--data-dir': 'DATA', '--arrays': 'DATA', '--output': None}
 
 
 def environment() -> dict[str, Any]:
@@ -24,34 +30,75 @@ def environment() -> dict[str, Any]:
     if Path('/proc/cpuinfo').exists():
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), cpu)
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=RESULTS, capture_output=True, text=True)
+    gpu = torch.cuda.is_available()
     return {
         'cpu': cpu,
         'cores': os.cpu_count(),
         'torch_threads': torch.get_num_threads(),
-        'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        'gpu': torch.cuda.get_device_name() if gpu else None,
+        'driver': _said_by('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader') if gpu else None,
+        'cuda': torch.version.cuda if gpu else None,
         'python': platform.python_version(),
         'torch': str(torch.__version__),
         'timm': timm.__version__,
         'numpy': numpy.__version__,
         'scipy': scipy.__version__,
         'timm_dl2pa': timm_dl2pa.__version__,
-        'commit': commit.stdout.strip() or None,
+        'commit': _said_by('git', 'rev-parse', '--short', 'HEAD'),
     }
 
 
-def write_results(name: str, settings: dict[str, Any], results: Any) -> Path:
-    """Write `results/<name>.json`. Values of options that are folders are left out of the command."""
-    command = [Path(sys.argv[0]).name]
-    for argument, previous in zip(sys.argv[1:], sys.argv):
-        command.append('DATA' if previous == '--data-dir' else argument)
-    record = {
+def _said_by(*command: str) -> str | None:
+    """Return the first line that a program prints; None where it is not installed, or fails."""
+    try:
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(said.stdout.split('\n')), '').strip() or None if said.returncode == 0 else None
+
+
+def result_name(name: str, device: str | torch.device) -> str:
+    """Return the stem of a benchmark's file: on a GPU another than on the CPU."""
+    kind = torch.device(device).type
+    return name if kind == 'cpu' else f'{name}_{kind}'
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--output`, the folder of the results."""
+    parser.add_argument('--output', type=Path, default=RESULTS, help='folder of the results (default: these)')
+
+
+def read_results(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the rows of `<folder>/<name>.json`; none if there is no such file."""
+    path = folder / f'{name}.json'
+    return json.loads(path.read_text())['results'] if path.exists() else []
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record at once: whoever reads the file sees it whole, or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.json.part')
+    part.write_text(json.dumps(record, indent=1) + '\n')
+    os.replace(part, path)
+
+
+def write_results(name: str, settings: dict[str, Any], results: Any, folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json`. Values of options that are folders are left out of the command."""
+    command, words = [Path(sys.argv[0]).name], iter(sys.argv[1:])
+    for word in words:
+        option, given, _ = word.partition('=')
+        if option not in _FOLDERS:
+            command.append(word)
+            continue
+        if not given:
+            next(words, None)
+        if _FOLDERS[option]:
+            command += [option, _FOLDERS[option]]
+    path = folder / f'{name}.json'
+    write_json(path, {
         'command': 'python benchmarks/' + shlex.join(command),
-        'settings': settings,
+        'settings': {key: value for key, value in settings.items() if not isinstance(value, Path)},
         'environment': environment(),
         'results': results,
-    }
-    path = RESULTS / f'{name}.json'
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    })
     return path

@@ -1,0 +1,66 @@
+"""The tests that need a GPU, each one's outcome in a file that grows as they end: `<output>/gpu_tests.json`.
+
+    python benchmarks/gpu_tests.py                     # pytest -m gpu
+    python benchmarks/gpu_tests.py --device cpu        # what of them runs on a CPU
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results_file import add_output_argument, result_name, write_results
+
+TESTS = Path(__file__).parents[1] / 'tests' / 'gpu'
+
+
+class Recorder:
+    """A pytest plugin that writes what has ended so far."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self.complete = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        entry = self.outcomes.setdefault(report.nodeid, {'outcome': 'passed', 'seconds': 0.0})
+        entry['seconds'] = round(entry['seconds'] + report.duration, 2)
+        if report.outcome != 'passed':
+            entry['outcome'] = 'expected to fail' if hasattr(report, 'wasxfail') else report.outcome
+            entry['message'] = str(report.longrepr or '').strip().splitlines()[-1:]
+        if report.when == 'teardown':
+            self.write()
+
+    def write(self) -> None:
+        """Write the file, with the numbers of each outcome."""
+        outcomes = [entry['outcome'] for entry in self.outcomes.values()]
+        write_results(result_name('gpu_tests', self.args.device), vars(self.args), {
+            'complete': self.complete,
+            **{outcome: outcomes.count(outcome) for outcome in ('passed', 'failed', 'skipped', 'expected to fail')},
+            'tests': self.outcomes,
+        }, self.args.output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
+    parser.add_argument('--select', help='only tests whose names have this')
+    add_output_argument(parser)
+    args = parser.parse_args()
+    args.output = args.output.resolve()
+    os.chdir(TESTS.parents[1])
+    recorder, began = Recorder(args), time.perf_counter()
+    chosen = ['-m', 'gpu'] if args.device == 'cuda' else ['-k', f'cpu and {args.select}' if args.select else 'cpu']
+    if args.select and args.device == 'cuda':
+        chosen += ['-k', args.select]
+    status = pytest.main([str(TESTS), *chosen, '-q', '--no-header', '-p', 'no:cacheprovider'], plugins=[recorder])
+    recorder.complete = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    recorder.write()
+    print(f'{len(recorder.outcomes)} tests in {time.perf_counter() - began:.0f} s')
+    return int(status)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
