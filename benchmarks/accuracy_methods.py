@@ -30,7 +30,7 @@ from timm_dl2pa import (
     solve_assignment,
     wrap_dl2pa,
 )
-from timm_dl2pa.training import PluginOptions
+from timm_dl2pa.options import PluginOptions
 
 __all__ = ['CosineClassifier', 'PaperRule', 'make_criterion', 'make_model', 'make_scheduler']
 
@@ -69,7 +69,7 @@ class PaperRule:
         self.table = F.normalize(draw, dim=1).to(head.prototypes.device)
         self.moved: list[int] = []
         self.resolve()
-        head.observer = self._observe
+        head.training_view.on_embeddings = self._observe
 
     def _observe(self, embeddings: torch.Tensor) -> None:
         self.embeddings = embeddings

@@ -27,12 +27,12 @@ def queue(name: str) -> list[list[str]]:
             if seed == 3:
                 # This library's head, its set kept even, its assignment left to chance, and by the paper's rule.
                 for dim in (50, 10):
-                    add(['dl2pa', '--dl2pa', 'evenness=inf'], '--dim', dim, '--seed', seed)
+                    add(['dl2pa', '--dl2pa-recipe', 'even'], '--dim', dim, '--seed', seed)
                     add(['dl2pa', '--dl2pa', 'stop=0'], '--dim', dim, '--seed', seed)
-                    add(['dl2pa', '--dl2pa', 'warmup=0'], '--dim', dim, '--seed', seed)
+                    add(['dl2pa', '--dl2pa', 'warmup=none'], '--dim', dim, '--seed', seed)
                 for method in methods:
                     add(method, '--dim', 100, '--seed', seed)
-                add(['dl2pa', '--dl2pa', 'evenness=inf'], '--dim', 100, '--seed', seed)
+                add(['dl2pa', '--dl2pa-recipe', 'even'], '--dim', 100, '--seed', seed)
                 add(['softmax'], '--dim', 0, '--seed', seed)
             else:
                 for method in methods[:2]:

@@ -24,7 +24,7 @@ from timm.models._registry import _model_to_module
 from tqdm import tqdm
 
 from timm_dl2pa import DL2PAHead, fold_dl2pa, make_prototypes, wrap_dl2pa
-from timm_dl2pa.head.head import heads_of
+from timm_dl2pa.head import heads_of
 
 CLASSES, DIM = 7, 4
 SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 288, 384, 448, 512)

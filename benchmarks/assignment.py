@@ -176,7 +176,7 @@ def recorded(seed: int) -> list[tuple[str, np.ndarray, np.ndarray, Any]]:
     x, labels = torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target)
     torch.manual_seed(seed)
     head = DL2PAHead(64, 10, 8, prototypes=make_prototypes(10, 8, seed=seed))
-    scheduler = AssignmentScheduler(head, interval=20, warmup=0)
+    scheduler = AssignmentScheduler(head, interval=20, warmup='none')
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     problems = []
     for batch in range(100):

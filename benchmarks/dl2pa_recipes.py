@@ -1,14 +1,13 @@
-"""The library's recipes by their words, and the arguments that stand for each today.
+"""The arguments of `AssignmentScheduler` for the library's recipes by their words.
 
 `placed` moves each class's prototype with its class through a warm-up, `even` rotates the evenly spread set once,
-`paper` has no warm-up. This is the one place of the benchmarks that knows how a recipe is asked for.
+`paper` has no warm-up and the paper's class means.
 """
-import math
 from typing import Any
 
-__all__ = ['RECIPES', 'scheduler_arguments']
+from timm_dl2pa.recipes import RECIPES
 
-RECIPES = ('placed', 'even', 'paper')
+__all__ = ['RECIPES', 'scheduler_arguments']
 
 
 def scheduler_arguments(
@@ -16,24 +15,11 @@ def scheduler_arguments(
     """Return the arguments of `AssignmentScheduler` for a recipe.
 
     Args:
-        recipe: 'placed', 'even' or 'paper'. Default: what the options say, or else the library's default, 'placed'.
-        epochs: Length of the training: prototypes are placed during its first half, as with the plugin. Default: the
-            scheduler's own length.
-        options: More arguments, as a command line gives them: they come last, and 'inf' stands for infinity.
-
-    Raises:
-        ValueError: There is no such recipe.
+        recipe: 'placed', 'even' or 'paper'. Default: the head's.
+        epochs: Length of the training, which the length of a warm-up may refer to.
+        options: More arguments, as a command line gives them; they come last.
     """
-    options = {name: math.inf if value == 'inf' else value for name, value in (options or {}).items()}
-    if recipe is None:
-        recipe = 'even' if options.get('evenness') == math.inf else 'placed'
-    if recipe not in RECIPES:
-        raise ValueError(f'recipe must be one of {", ".join(RECIPES)}, not {recipe!r}.')
-    arguments: dict[str, Any] = {}
-    if recipe == 'even':
-        arguments['evenness'] = math.inf
-    elif recipe == 'paper':
-        arguments['warmup'] = 0
-    elif epochs is not None:
-        arguments['warmup'] = max(1, epochs // 2)
-    return {**arguments, **options}
+    arguments: dict[str, Any] = {} if recipe is None else {'recipe': recipe}
+    if epochs is not None:
+        arguments['total'] = f'{epochs} epochs'
+    return {**arguments, **(options or {})}

@@ -86,7 +86,7 @@ class GraphedStep:
         phase = self.head is not None and self.head.warming_up
         if phase != self._phase:
             self._phase, self._steps, self._replay = phase, 0, None
-        standing_in = self.head is not None and self.head.warmup_vectors is not None
+        standing_in = self.head is not None and self.head.training_view.class_vectors is not None
         if self.failure or standing_in or self._steps < self.PLAIN_STEPS:
             self._steps += 1
             return self.plain(x, targets, rate)
@@ -107,7 +107,7 @@ class GraphedStep:
         self._replay()
         self.replays += 1
         if self._seen:
-            self.head.observer(self._seen[-1])
+            self.head.training_view.on_embeddings(self._seen[-1])
         return self._loss
 
     def _record(self, x: torch.Tensor, targets: torch.Tensor) -> None:
@@ -117,16 +117,16 @@ class GraphedStep:
         self._seen: list[torch.Tensor] = []
         observer = None
         if self.head is not None:
-            observer = self.head.observer
+            observer = self.head.training_view.on_embeddings
             if observer is not None:
-                self.head.observer = self._observe
+                self.head.training_view.on_embeddings = self._observe
         # Those of before lie elsewhere.
         self.plain.optimizer.zero_grad(set_to_none=True)
         try:
             replay = self.record(self._step)
         finally:
             if observer is not None:
-                self.head.observer = observer
+                self.head.training_view.on_embeddings = observer
         self._replay = replay
 
     def _observe(self, embeddings: torch.Tensor) -> None:

@@ -1,14 +1,18 @@
 import os
+import sys
 
-# Tests neither read nor fill the user's cache of prototypes. Before the package is imported, and for subprocesses too.
+# Before torch and the package are imported, and for subprocesses too. Tests neither read nor fill the user's cache of
+# prototypes. They run beside one another (pytest-xdist), and what they compute is small: threads of torch's and scipy's
+# would wait for one another most of the time.
 os.environ['TIMM_DL2PA_CACHE'] = 'off'
+os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
 
 import pytest
 import torch
 from huggingface_hub import constants
 
 from tests.helpers.hub_server import Hub
-from timm_dl2pa import DL2PAHead
+from timm_dl2pa import DL2PAHead, make_prototypes
 
 
 @pytest.fixture
@@ -26,6 +30,20 @@ def make_head():
             return DL2PAHead(in_features, num_classes, dim, **{'neck': 'linear', 'learn_scale': False, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def refuse_prototypes(monkeypatch):
+    """A function from whose call on an error is raised where prototypes are made, whoever does it."""
+    def refused(*_, **__):
+        raise AssertionError('prototypes were made')
+
+    def refuse():
+        for name, module in list(sys.modules.items()):
+            if name.partition('.')[0] == 'timm_dl2pa' and getattr(module, 'make_prototypes', None) is make_prototypes:
+                monkeypatch.setattr(module, 'make_prototypes', refused)
+
+    return refuse
 
 
 @pytest.fixture

@@ -1,18 +1,14 @@
 """What the repository promises beyond the code: imports, commands, the README."""
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import timm_dl2pa
+from tests.helpers.processes import python, run
 
 ROOT = Path(__file__).parent.parent
-
-
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_import_brings_nothing_unasked_and_disturbs_nothing():
@@ -26,7 +22,7 @@ assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == numpy.ran
 assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
 print([name for name in ('matplotlib', 'sklearn', 'tqdm.auto', 'timm_dl2pa.demo', 'hypothesis') if name in sys.modules])
 """)
-    assert out in ('[]', "['tqdm.auto']")  # timm's huggingface_hub may bring tqdm
+    assert out.strip() in ('[]', "['tqdm.auto']")  # timm's huggingface_hub may bring tqdm
 
 
 def test_needs_no_network():
@@ -44,13 +40,10 @@ def test_public_names():
     assert (Path(timm_dl2pa.__file__).parent / 'py.typed').exists()
 
 
-@pytest.mark.parametrize('command', [['timm-dl2pa'], [sys.executable, '-m', 'timm_dl2pa']])
-def test_command(command):
-    if command[0] == 'timm-dl2pa':
-        command = [str(Path(sys.executable).parent / 'timm-dl2pa')]
-    out = subprocess.run([*command, '--version'], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
-    commands = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
+def test_command():
+    version = run([str(Path(sys.executable).parent / 'timm-dl2pa'), '--version']).stdout
+    assert version.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
+    commands = run([sys.executable, '-m', 'timm_dl2pa', '--help']).stdout
     assert all(name in commands for name in ('demo', 'run', 'inspect', 'fold'))
 
 
@@ -62,7 +55,7 @@ def test_ci_runs_the_readmes_commands():
 
 def test_readme_tables_are_those_of_the_results():
     script = ROOT / 'benchmarks' / 'readme_tables.py'
-    subprocess.run([sys.executable, str(script), '--check'], check=True, cwd=ROOT)
+    run([sys.executable, str(script), '--check'], cwd=ROOT)
 
 
 @pytest.mark.timm

@@ -2,8 +2,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load, save
 
+from tests.helpers.processes import python
 from timm_dl2pa import DL2PAHead, load_head, make_prototypes, push_head_to_hub, wrap_dl2pa
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*HTTP upload')
@@ -42,14 +41,10 @@ def same(head, other):
 # --- folders
 
 
-def test_folder_round_trip_makes_no_prototypes(head, tmp_path, monkeypatch):
+def test_folder_round_trip_makes_no_prototypes(head, tmp_path, refuse_prototypes):
     head.save_pretrained(tmp_path / 'head', label_names=LABELS)
     assert sorted(os.listdir(tmp_path / 'head')) == ['config.json', 'model.safetensors']
-
-    def no_optimisation(*_, **__):
-        raise AssertionError('prototypes were computed')
-
-    monkeypatch.setattr('timm_dl2pa.head.head.make_prototypes', no_optimisation)
+    refuse_prototypes()
     state = torch.get_rng_state()
     for source in (tmp_path / 'head', str(tmp_path / 'head'), f'local-dir:{tmp_path / "head"}'):
         found = DL2PAHead.from_pretrained(source)
@@ -359,6 +354,4 @@ def test_with_the_environment_variable_alone(hub, one, tmp_path):
     """An unmodified client in a process of its own."""
     one.push_to_hub('me/head', token='hf_writer')
     script = "from timm_dl2pa import load_head; print(load_head('me/head'))"
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120, env={
-        **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'})
-    assert 'num_classes=6' in done.stdout, done.stderr
+    assert 'num_classes=6' in python(script, environment=hub.environment(tmp_path))

@@ -51,6 +51,10 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def environment(self, home):
+        """For an unmodified client in a process of its own, whose cache and token are in the folder `home`."""
+        return {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1'}
+
     def files(self, name, revision='main'):
         repository = self.repositories[name]
         return repository.commits[repository.find(revision)]

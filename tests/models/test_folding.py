@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -9,6 +7,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm_dl2pa.head.head import heads_of
 
+from tests.helpers.processes import python
 from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, fold_dl2pa, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
@@ -142,7 +141,7 @@ def without_us(path, images, folder, classes=CLASSES):
     torch.save(images, folder / 'images.pt')
     code = WITHOUT_US.format(classes=classes, path=str(path), images=str(folder / 'images.pt'),
                              logits=str(folder / 'logits.pt'))
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=folder)
+    python(code, cwd=folder)
     return torch.load(folder / 'logits.pt')
 
 

@@ -1,7 +1,5 @@
 """Whole models on a hub: by our function, and by timm's own."""
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +7,7 @@ import timm
 import torch
 from huggingface_hub import errors
 
+from tests.helpers.processes import python, run
 from tests.helpers.stand_in import train
 from timm_dl2pa import fold_dl2pa, load_head, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
@@ -43,7 +42,7 @@ def logits(model, arguments):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_round_trip(hub, name, monkeypatch):
+def test_round_trip(hub, name, refuse_prototypes):
     arguments = MODELS[name]
     model = make(name, arguments)
     expected, state = logits(model, arguments), torch.get_rng_state()
@@ -54,7 +53,7 @@ def test_round_trip(hub, name, monkeypatch):
     config = json.loads(files['config.json'])
     assert config['architecture'] == 'dl2pa' and config['label_names'] == LABELS
     assert "timm.create_model('hf-hub:me/model', pretrained=True)" in files['README.md'].decode()
-    monkeypatch.setattr('timm_dl2pa.head.head.make_prototypes', None)  # none are computed
+    refuse_prototypes()
     found = timm.create_model('hf-hub:me/model', pretrained=True).eval()
     assert torch.equal(logits(found, arguments), expected) and found.label_names == LABELS
     for source in ('me/model', 'hf-hub:me/model@main'):
@@ -97,9 +96,7 @@ def test_folded_needs_timm_alone(hub, tmp_path):
               "model = timm.create_model('hf-hub:me/plain', pretrained=True).eval()\n"
               "x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))\n"
               "print(model(x).argsort().tolist())")
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120, env={
-        **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'})
-    assert done.stdout.strip() == str(logits(model, {}).argsort().tolist()), done.stderr
+    assert python(script, environment=hub.environment(tmp_path)).strip() == str(logits(model, {}).argsort().tolist())
 
 
 def test_wrong_arguments_are_found_before_anything_is_sent(hub):
@@ -250,9 +247,8 @@ for push in (timm_dl2pa.push_model_to_hub, timm_dl2pa.push_head_to_hub):
     except Exception:
         logging.exception('refused')
 """
-    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120, env={
-        **os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'})
-    assert done.returncode == 0 and done.stderr.count('refused') == 2, done.stderr
+    done = run([sys.executable, '-c', script], environment=hub.environment(tmp_path))
+    assert done.stderr.count('refused') == 2, done.stderr
     assert 'hf_writer' not in done.stdout + done.stderr and 'hf_reader' not in done.stdout + done.stderr
 
 
@@ -277,19 +273,13 @@ for load in (timm_dl2pa.load_head, timm_dl2pa.load_model):
     except Exception as error:
         print(type(error).__name__, error)
 """
-    environment = {**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'}
-
-    def python(script, **more):
-        done = subprocess.run([sys.executable, '-c', script, 'me/'], capture_output=True, text=True, timeout=120,
-                              env={**environment, **more})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    online = python(loads)
+    environment = hub.environment(tmp_path)
+    online = python(loads, 'me/', environment=environment)
+    assert str(logits(model, {}).tolist()) in online
     hub.requests.clear()
-    assert python(loads, HF_HUB_OFFLINE='1') == online and str(logits(model, {}).tolist()) in online
-    said = python(fails, HF_HUB_OFFLINE='1')
-    assert said.count('me/other has no config.json among the downloads that are kept, and HF_HUB_OFFLINE is set') == 2
+    offline = python(loads + fails, 'me/', environment={**environment, 'HF_HUB_OFFLINE': '1'})
+    missing = 'me/other has no config.json among the downloads that are kept, and HF_HUB_OFFLINE is set'
+    assert offline.startswith(online) and offline.count(missing) == 2
     assert not hub.requests
 
 

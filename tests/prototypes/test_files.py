@@ -1,10 +1,10 @@
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.processes import run_ranks
 from timm_dl2pa import DL2PAHead, load_prototypes, make_prototypes, save_prototypes
 from timm_dl2pa.cli import main
 from timm_dl2pa.prototypes import files, make
@@ -82,13 +82,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, capl
     assert 'TIMM_DL2PA_CACHE=off' in caplog.text
 
 
-def test_two_processes_at_once(cache):
-    code = 'from timm_dl2pa import make_prototypes; print(make_prototypes(60, 7).double().sum().item())'
-    both = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sums = [process.communicate(timeout=120)[0] for process in both]
-    assert sums[0] and all(process.returncode == 0 for process in both)
-    path, = cache.iterdir()
-    assert load_prototypes(path).double().sum().item() == float(sums[0])
+def in_process(rank, folder):
+    os.environ['TIMM_DL2PA_CACHE'] = str(folder / 'cache')
+    torch.save(make_prototypes(60, 7), folder / f'{rank}.pt')
+
+
+def test_two_processes_at_once(tmp_path):
+    run_ranks(in_process, tmp_path, folder=tmp_path)
+    path, = (tmp_path / 'cache').iterdir()
+    assert all(torch.equal(load_prototypes(path), torch.load(tmp_path / f'{rank}.pt')) for rank in range(2))
 
 
 def test_files_go_into_heads(tmp_path):

@@ -1,13 +1,10 @@
 """Two processes on the CPU: merged class means, one assignment, errors on all ranks."""
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers.processes import run_ranks
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, prime
 
 STEPS, ROWS = 7, 12
@@ -33,10 +30,7 @@ def part_of(rank, step, x, labels):
     return x[cut:], labels[cut:]
 
 
-def in_process(rank, port, folder, train_output, options):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=2)
+def in_process(rank, folder, train_output, options):
     head = new_head(train_output)
     model = DistributedDataParallel(head)
     scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, **options)
@@ -70,9 +64,6 @@ def in_process(rank, port, folder, train_output, options):
     prime(model, [part_of(rank, step, *batch(step)) for step in range(4 - rank)], scheduler, progress=False)
     primed = head.assignment.tolist(), head.neck.weight.detach(), head.eval()(batch(0)[0]).detach()
     torch.save((history, prototypes, error, kept, primed), f'{folder}/{rank}.pt')
-    dist.barrier()
-    # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
-    os._exit(0)
 
 
 # In the background: rank 0 saves while a solve is pending.
@@ -81,10 +72,7 @@ def in_process(rank, port, folder, train_output, options):
     ('logits', dict(warmup_length=4, evenness=0.3), 2),
     ('logits', dict(warmup_length=4, recipe='even'), 2), ('logits', dict(warmup='none', background=True, lag=2), 2)])
 def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_process, (port, str(tmp_path), train_output, options), nprocs=2)
+    run_ranks(in_process, str(tmp_path), train_output, options, folder=tmp_path)
     answers = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
 
     head = new_head(train_output)

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -103,13 +104,32 @@ def test_only_training_forwards_count(make_head):
     assert scheduler.steps == 1
 
 
+class Node(torch.autograd.Function):
+    """A node of the graph by which one can tell whether the graph is alive."""
+
+    @staticmethod
+    def forward(ctx, x, sign):
+        ctx.sign = sign
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 def test_keeps_no_graph_alive(make_head):
-    head = make_head()
-    scheduler = paper_rule(head)
-    head(torch.randn(3, 12))
-    assert not scheduler._embeddings.requires_grad
+    class Sign:
+        pass
+
+    head, sign = make_head(), Sign()
+    scheduler, alive = paper_rule(head), weakref.ref(sign)
+    logits = head(Node.apply(torch.randn(3, 12, requires_grad=True), sign))
+    del sign
+    assert alive() is not None
+    del logits
+    assert alive() is None
     scheduler.step(torch.zeros(3, dtype=torch.long))
-    assert scheduler._embeddings is None and not scheduler.class_means.sums.requires_grad
+    assert not scheduler.class_means.sums.requires_grad
 
 
 @pytest.mark.parametrize('labels, poison, message', [

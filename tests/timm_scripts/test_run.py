@@ -6,7 +6,6 @@ import pytest
 import timm.models._factory as factory
 
 from timm_dl2pa.cli import main
-from timm_dl2pa.timm_scripts.run import _with_model_kwargs
 
 pytestmark = pytest.mark.timm
 
@@ -31,6 +30,11 @@ print('RESULT', [type(create_model('test_resnet', num_classes=5).get_classifier(
 NO_MODEL = '''
 import sys, pathlib
 print('RESULT', (sys.argv[1:], pathlib.Path(sys.argv[0]).name, sys.path[0] == str(pathlib.Path(__file__).parent)))
+'''
+ARGUMENTS = '''
+# This one makes its model by create_model with its --model-kwargs.
+import sys
+print('RESULT', sys.argv[1:])
 '''
 FAILS = '''
 import timm
@@ -68,17 +72,17 @@ def test_options_may_stand_anywhere_and_travel_in_model_kwargs(start):
     assert start(WITH_KWARGS, 'SCRIPT', '--model-kwargs', 'dl2pa_dim=3')[0][2] == 'DL2PAHead'
 
 
-def test_the_config_files_model_kwargs_are_kept(tmp_path):
+def test_the_config_files_model_kwargs_are_kept(start, tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 0.1\nmodel_kwargs:\n  dl2pa_dim: 64\n  act: relu\n  sizes: [1, 2]\n')
     for flag in ('-c', '--config'):
-        assert _with_model_kwargs([flag, str(config), 'x'], {'dl2pa_dim': '3'}) == [
+        assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', flag, str(config), 'x')[0] == [
             flag, str(config), 'x', '--model-kwargs', 'act=relu', 'sizes=[1, 2]', 'dl2pa_dim=3']
     # As in argparse, what stands on the command line hides the file's, and the last one counts.
     given = ['--config', str(config), '--model-kwargs', 'a=1', '--model-kw', 'b=2', 'c=3', '--lr', '1', '--', 'x']
-    assert _with_model_kwargs(given, {'dl2pa_dim': '3'}) == [
+    assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', *given)[0] == [
         '--config', str(config), '--lr', '1', '--model-kwargs', 'b=2', 'c=3', 'dl2pa_dim=3', '--', 'x']
-    assert _with_model_kwargs(['--model-kwargs=a=1', '--model', 'm'], {'dl2pa_dim': '3'}) == [
+    assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', '--model-kwargs=a=1', '--model', 'm')[0] == [
         '--model', 'm', '--model-kwargs', 'a=1', 'dl2pa_dim=3']
 
 

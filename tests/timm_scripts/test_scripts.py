@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import timm_dl2pa
+from tests.helpers import processes
 
 REPO = os.environ.get('TIMM_REPO')
 pytestmark = [
@@ -45,11 +46,8 @@ def data(tmp_path_factory):
 def run(command, fails=False, **environment):
     # The scripts are run with the package that is tested, and with their own timm.
     path = os.pathsep.join([REPO, str(Path(timm_dl2pa.__file__).parents[1]), str(Path(__file__).parent / 'modules')])
-    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **environment}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=120)
-    assert (done.returncode != 0) == fails, done.stdout[-4000:]
-    return done.stdout
+    environment = {'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **environment}
+    return processes.run(command, fails=fails, environment=environment, stderr=subprocess.STDOUT).stdout
 
 
 class Training:

@@ -1,18 +1,15 @@
 """The plugin in timm's tasks, savers and summaries. (test_scripts.py runs timm's own scripts.)"""
 import argparse
 import csv
+import gc
 import logging
 import math
-import os
-import socket
 from contextlib import suppress
 
 import pytest
 import timm
 import timm.models._factory as factory
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm import utils
 from timm.data import Mixup
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
@@ -25,6 +22,7 @@ from timm.task import (
     TrainingTask,
 )
 
+from tests.helpers.processes import run_ranks
 from tests.helpers.stand_in import BATCH, BATCHES, CLASSES, DEVICE, Killed, batches, make_model, train
 from timm_dl2pa import (
     AssignmentScheduler,
@@ -35,6 +33,7 @@ from timm_dl2pa import (
     make_prototypes,
     save_prototypes,
 )
+from timm_dl2pa.scheduling.priming import Primer
 from timm_dl2pa.timm_scripts import PluginOptions, install, plugged_in, uninstall
 
 pytestmark = pytest.mark.timm
@@ -408,7 +407,9 @@ def test_primed_batches_are_not_trained_on(tmp_path, caplog, options):
     assert 'primed by the first 8 batches' in caplog.text and 'were not trained on' not in caplog.text
     task = train(tmp_path / 'training', dl2pa_dim=3, dl2pa_prime=BATCHES, epochs=3, **options)
     assert not any(task.losses[:BATCHES]) and all(task.losses[BATCHES:])
-    assert 'primed by 4 batches' in caplog.text and task._primer is None
+    assert 'primed by 4 batches' in caplog.text
+    gc.collect()
+    assert not any(isinstance(thing, Primer) for thing in gc.get_objects())  # its sums would stay in memory
     assert not task.assignment_scheduler.warming_up
     assert [update.step for update in task.assignment_scheduler.history] == [2 * BATCHES - 4]
 
@@ -542,10 +543,7 @@ def test_checkpoint_path_loads_whole_or_is_refused(tmp_path):
 DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, dl2pa_neck='linear', lr=0.0)
 
 
-def in_process(rank, port, folder):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', rank=rank, world_size=2)
+def in_process(rank, folder):
     answers = {}
     with plugged_in():
         for name, options in (
@@ -580,15 +578,10 @@ def in_process(rank, port, folder):
         except ValueError as error:
             answers['error'] = str(error)
     torch.save(answers, f'{folder}/{rank}.pt')
-    dist.barrier()
-    os._exit(0)  # torch's gloo threads now and then abort the process while it is torn down
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_process, (port, str(tmp_path)), nprocs=2)
+    run_ranks(in_process, str(tmp_path), folder=tmp_path)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     for name in ('epoch', 'batches', 'paper', 'primed', 'no validation', 'batch norm', 'resumed'):
         assert first[name] == second[name]
