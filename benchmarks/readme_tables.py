@@ -8,8 +8,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from timm_dl2pa.options import PREFIX, PluginOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,10 +115,10 @@ _METHODS = {
     'paper squared_cosine': "`paper`: the authors' rule, squared cosine",
     'dl2pa': '**`dl2pa`**, cross-entropy',
     'dl2pa balanced_softmax': '**`dl2pa`**, balanced softmax',
-    'dl2pa evenness=inf': 'the same head, `evenness=inf`: the even set, rotated as a whole',
-    'dl2pa balanced_softmax evenness=inf': '`dl2pa`, `evenness=inf`, balanced softmax',
+    'dl2pa even': 'the same head, recipe `even`: the even set, rotated as a whole',
+    'dl2pa balanced_softmax even': '`dl2pa`, recipe `even`, balanced softmax',
     'dl2pa stop=0': 'the same head, `stop=0`: assignment left to chance',
-    'dl2pa warmup=0': "the same head, `warmup=0`: the paper's rule",
+    'dl2pa warmup=none': 'the same head, `warmup=none`: matched from the start',
 }
 
 
@@ -129,6 +132,7 @@ def _method(recipe: dict[str, Any]) -> str:
     if recipe['method'] == 'softmax' and recipe['dim'] == 0:
         return '`nn.Linear` on all 64 features'
     words = [recipe['method'], '' if recipe['loss'] == 'cross_entropy' else recipe['loss'], recipe['neck'] or '',
+             recipe.get('dl2pa_recipe') or '',
              *(f'{name}={value}' for name, value in recipe['dl2pa'].items())]
     key = ' '.join(filter(None, words))
     return _METHODS.get(key, key)
@@ -204,6 +208,19 @@ def accuracy_new_classes() -> str:
 _FOLDER_TABLES = (accuracy, accuracy_longer, accuracy_tail, accuracy_transfer, accuracy_new_classes)
 
 
+def options() -> str:
+    """Return the plugin's options, from the package's own table."""
+    rows = []
+    for spec in fields(PluginOptions):
+        default = '' if spec.default is None else f' (default: {spec.default})'
+        rows.append([f'`{PREFIX}{spec.name}`', spec.metadata['help'] + default])
+    return table(['option', ''], rows)
+
+
+# Those that are made from something else than a file of their own name.
+_OTHER_TABLES = (*_FOLDER_TABLES, options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
@@ -211,10 +228,10 @@ def main() -> int:
     readme = ROOT / 'README.md'
     old = new = readme.read_text()
     for make in (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
-                 *_FOLDER_TABLES):
+                 *_OTHER_TABLES):
         name = make.__name__
         file = ROOT / 'benchmarks' / 'results' / f'{name}.json'
-        content = make() if make in _FOLDER_TABLES else make(json.loads(file.read_text()))
+        content = make() if make in _OTHER_TABLES else make(json.loads(file.read_text()))
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if not pattern.search(new):
             print(f'README.md has no marks for {name}', file=sys.stderr)
