@@ -214,7 +214,8 @@ def options() -> str:
     for spec in fields(PluginOptions):
         default = '' if spec.default is None else f' (default: {spec.default})'
         rows.append([f'`{PREFIX}{spec.name}`', spec.metadata['help'] + default])
-    return table(['option', ''], rows)
+    # Text, which is not set to the right.
+    return table(['option', ''], rows).replace('---:', '---', 1)
 
 
 # Those that are made from something else than a file of their own name.

@@ -119,5 +119,5 @@ def test_errors_name_the_trouble(arguments, message):
 
 def test_a_rotation_of_too_many_is_refused_before_allocating():
     means, prototypes = torch.zeros(100_000, 2), torch.ones(100_000, 2)
-    with pytest.raises(ValueError, match=r'75 GiB of scores.*warmup='none''):
+    with pytest.raises(ValueError, match=r"75 GiB of scores.*warmup='none'"):
         align_prototypes(means, prototypes)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import reference
 from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, default_scale, make_prototypes
+from timm_dl2pa.head import TrainingView
 
 
 def state_of(head):
@@ -261,7 +262,8 @@ def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copie
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
     assert twin.training_view.on_embeddings is None and head.training_view.on_embeddings is not None
-    assert twin.training_view.on_features is None and twin.training_view.class_vectors is None and head.training_view.class_vectors is not None
+    assert twin.training_view.on_features is None and twin.training_view.class_vectors is None
+    assert head.training_view.class_vectors is not None
     twin(x)
     twin.eval()
     assert modes == []
@@ -373,3 +375,37 @@ def test_on_a_gpu(make_head, generator):
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast('cuda', dtype):
             assert there(x.cuda()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('train_output', ['logits', 'embeddings'])
+def test_embed_takes_maps_wherever_forward_does(make_head, train_output):
+    """As a 1x1 convolution does: maps of features become maps of embeddings, pixel by pixel."""
+    head = make_head(train_output=train_output)
+    head.channels_first = True
+    maps = torch.randn(2, 12, 3, 5)
+    embeddings = head.embed(maps)
+    assert embeddings.shape == (2, 4, 3, 5) and head.eval()(maps).shape == (2, 7, 3, 5)
+    rows = maps.permute(0, 2, 3, 1).reshape(-1, 12)
+    head.channels_first = False
+    assert torch.equal(embeddings.permute(0, 2, 3, 1).reshape(-1, 4), head.embed(rows))
+    head.channels_first = True
+    if train_output == 'embeddings':
+        assert torch.equal(head.train()(maps), embeddings)
+
+
+def test_label_names_are_declared(make_head, tmp_path):
+    head = make_head()
+    assert head.label_names is None and copy.deepcopy(head).label_names is None
+    head.label_names = [f'class {index}' for index in range(7)]
+    head.save_pretrained(tmp_path)
+    assert DL2PAHead.from_pretrained(tmp_path).label_names == copy.deepcopy(head).label_names == head.label_names
+
+
+def test_a_training_view_is_new_in_every_copy(make_head):
+    head = make_head()
+    head.training_view.on_embeddings = head.training_view.on_features = head.training_view.on_mode = print
+    head.training_view.class_vectors, head.training_view.warming_up = torch.eye(7, 4), True
+    empty = vars(TrainingView())
+    for other in (copy.deepcopy(head), copy.copy(head), pickle.loads(pickle.dumps(head))):
+        assert vars(other.training_view) == empty and other.training_view is not head.training_view
+    assert head.warming_up and not any('training_view' in name for name in head.state_dict())

@@ -86,7 +86,8 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
     assert len(expected) == solves and any(moved for _, moved, _, _ in expected)
     prototypes = head.prototypes.clone()
-    assert torch.equal(prototypes, new_head(train_output).prototypes) == (options.get('warmup') == 'none' or options.get('recipe') == 'paper')
+    without_warmup = options.get('warmup') == 'none' or options.get('recipe') == 'paper'
+    assert torch.equal(prototypes, new_head(train_output).prototypes) == without_warmup
     parts = [part_of(rank, step, *batch(step)) for rank in range(2) for step in range(4 - rank)]
     prime(head, parts, scheduler, progress=False)
     assert torch.equal(answers[0][1], answers[1][1])

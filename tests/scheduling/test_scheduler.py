@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import warnings
 import weakref
@@ -377,7 +376,7 @@ def test_the_papers_recipe_is_the_papers(make_head):
     before, table = head.prototypes.clone(), torch.zeros(7, 4)
     scheduler = AssignmentScheduler(head, interval=3)
     assert not scheduler.warming_up
-    for step in range(3):
+    for _ in range(3):
         x, labels = torch.randn(16, 12), torch.randint(0, 7, (16,))
         for z, label in zip(head.embed(x).detach(), labels):
             table[label] = 0.9 * table[label] + 0.1 * z

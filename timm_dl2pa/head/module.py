@@ -34,8 +34,8 @@ class DL2PAHead(SavedModule, nn.Module):
 
     In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
     none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
-    (B, C, H, W); elsewhere any number of dimensions may come before the features. `auxiliary` tells a head from the
-    main one.
+    (B, C, H, W); elsewhere any number of dimensions may come before the features. `auxiliary` marks every
+    head but the main one.
 
     `training_view` is what a training sees of the head: see `TrainingView`. During a warm-up class vectors of its own
     may stand in for the prototypes in training mode.

@@ -175,8 +175,8 @@ def prime(
     warm-up is skipped, since there is an assignment already. Nothing else is changed.
 
     Args:
-        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode; its modes are restored.
-            If it has several heads, the first decides the assignment, and each neck is set by its own features.
+        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode, and is restored. If it
+            has several heads, the first decides the assignment, and each neck is set by its own features.
         loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
             indices (B,), or soft targets (B, C). Training images without augmentation are best. In a distributed run
             every process gives its own part of them.
