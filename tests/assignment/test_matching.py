@@ -11,16 +11,16 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
 from timm_dl2pa import AssignmentResult, solve_assignment
+from timm_dl2pa.assignment import check_assignment
 from timm_dl2pa.assignment.matching import Products, best_matching, generation, sources
 from timm_dl2pa.assignment.matching import sweep as sweep_module
-from timm_dl2pa.assignment.solve import check_assignment
 
 
 @contextmanager
 def small_steps(width=1):
     """No problem is small enough to be solved at once; a block is a few rows, a pass adds a pair or so for a class."""
-    with mock.patch.multiple(generation, _SMALL=0, _WIDTH=width), \
-            mock.patch.multiple(sources, _BLOCK=8, _LEAST_ROWS=2, _PAIRS=5):
+    with mock.patch.multiple(generation, _MAX_DENSE_PAIRS=0, _PAIRS_PER_CLASS=width), \
+            mock.patch.multiple(sources, _BLOCK_SCORES=8, _MIN_BLOCK_ROWS=2, _PAIRS_AT_A_TIME=5):
         yield
 
 
@@ -50,14 +50,14 @@ def optimum(scores, start, pinned):
     return scores[pinned, start[pinned]].sum() + rest[rows, columns].sum()
 
 
-def bound_of(prices, scores, start, pinned, idle):
+def bound_of(prices, scores, start, pinned, no_preference):
     """The dual bound by its definition: weak duality makes it one, whatever the prices."""
-    choosy = ~pinned & ~idle
+    matched = ~pinned & ~no_preference
     free = np.setdiff1d(np.arange(scores.shape[1]), start[pinned])
-    bound = scores[pinned, start[pinned]].sum() + scores[idle, 0].sum()
-    if choosy.any():
-        bound += (scores[choosy][:, free] - prices[free]).max(axis=1).sum()
-        bound += np.sort(prices[free])[len(free) - choosy.sum():].sum()
+    bound = scores[pinned, start[pinned]].sum() + scores[no_preference, 0].sum()
+    if matched.any():
+        bound += (scores[matched][:, free] - prices[free]).max(axis=1).sum()
+        bound += np.sort(prices[free])[len(free) - matched.sum():].sum()
     return bound
 
 
@@ -81,7 +81,7 @@ def exchanges(start, assignment):
 def check(result, scores, start, pinned=None, *, exact=True):
     """Everything that holds of any answer."""
     num_classes = len(scores)
-    everyone = np.arange(num_classes)
+    classes = np.arange(num_classes)
     pinned = np.zeros(num_classes, bool) if pinned is None else np.asarray(pinned)
     check_assignment(result.assignment, *scores.shape)
     assignment = result.assignment.numpy()
@@ -89,18 +89,18 @@ def check(result, scores, start, pinned=None, *, exact=True):
     assert result.moved == (assignment != start).sum()
     tolerance = 1e-11 * max(np.abs(scores).max(), 1e-300)
     best = optimum(scores, start, pinned)
-    assert abs(result.objective - scores[everyone, assignment].sum()) <= tolerance
-    assert abs(result.objective_before - scores[everyone, start].sum()) <= tolerance
+    assert abs(result.objective - scores[classes, assignment].sum()) <= tolerance
+    assert abs(result.objective_before - scores[classes, start].sum()) <= tolerance
     assert result.objective >= result.objective_before
     assert result.bound >= max(best - tolerance, result.objective)
-    idle = (scores == scores[:, :1]).all(axis=1) & ~pinned
-    proven = bound_of(result.prices.numpy(), scores, start, pinned, idle)
+    no_preference = (scores == scores[:, :1]).all(axis=1) & ~pinned
+    proven = bound_of(result.prices.numpy(), scores, start, pinned, no_preference)
     assert proven <= result.bound + tolerance
     assert result.gap >= 0
     if exact:
         assert result.exact and result.gap == 0
         assert abs(result.objective - best) <= tolerance and abs(result.bound - best) <= tolerance
-    own = scores[everyone, assignment] - scores[everyone, start]
+    own = scores[classes, assignment] - scores[classes, start]
     for group in exchanges(start, assignment):
         # Somebody gains, or a class that has no preference made room.
         assert own[group].sum() > 0
@@ -261,8 +261,8 @@ def test_float64_decides_what_float32_cannot_tell(precision):
 
 
 @pytest.mark.parametrize('width', [1, 3, 500])
-@pytest.mark.parametrize('everyone', [False, True])
-def test_a_pass_is_exact_where_float32_is_not(width, everyone):
+@pytest.mark.parametrize('report_all', [False, True])
+def test_a_pass_is_exact_where_float32_is_not(width, report_all):
     base = unit_rows(200, 48, 0)
     prototypes = np.concatenate([base, base + 1e-8 * unit_rows(200, 48, 1)])
     means, prices = base + unit_rows(200, 48, 2), 0.01 * np.random.default_rng(3).random(400)
@@ -271,11 +271,11 @@ def test_a_pass_is_exact_where_float32_is_not(width, everyone):
         scores = Products(means, prototypes)
         table = means @ prototypes.T / scores.unit - prices
         own = table[np.arange(200), assignment]
-        found = sweep_module.sweep(scores, prices, assignment, own, width=width, tolerance=1e-13, everyone=everyone)
+        found = sweep_module.sweep(scores, prices, assignment, own, width=width, tolerance=1e-13, report_all=report_all)
         np.testing.assert_allclose(found.best, table.max(axis=1), rtol=0, atol=1e-14)
         broken = np.flatnonzero(table.max(axis=1) > own + 1e-13)
         assert 50 < len(broken) < 150
-        assert set(found.rows) == (set(range(200)) if everyone else set(broken))
+        assert set(found.rows) == (set(range(200)) if report_all else set(broken))
         # The pair that breaks the prices most is among those reported.
         reported = set(zip(found.rows, found.columns))
         assert all((row, table[row].argmax()) in reported for row in broken)
@@ -340,7 +340,7 @@ def test_never_holds_all_scores():
         largest.append(block.numel())
         return block
 
-    with mock.patch.object(Products, 'profits', watched), mock.patch.object(sources, '_BLOCK', 2 ** 18):
+    with mock.patch.object(Products, 'profits', watched), mock.patch.object(sources, '_BLOCK_SCORES', 2 ** 18):
         found = best_matching(scores, np.arange(3000))
     assert found.exact and max(largest) <= 128 * 3000
 

@@ -24,7 +24,7 @@ def test_against_the_plain_formulas(monkeypatch):
 def test_too_much_work_is_sampled_and_says_so(monkeypatch):
     points = make_prototypes(288, 16, method='kerdock')
     exact = prototype_quality(points)
-    monkeypatch.setattr(quality, '_EXACT', 10)
+    monkeypatch.setattr(quality, '_MAX_FLOAT64_WORK', 10)
     in_float32 = prototype_quality(points)
     sample = prototype_quality(points, max_work=288 * 16 * 200)
     assert not exact.sampled and not in_float32.sampled and sample.sampled and 10 < sample.sampled_rows <= 20

@@ -95,9 +95,9 @@ def sparse_apart(monkeypatch):
     def refuse(pairs):
         raise AssertionError('held the lock')
 
-    monkeypatch.setattr(sparse, '_MANY', 0)
+    monkeypatch.setattr(sparse, '_MIN_PROCESS_PAIRS', 0)
     monkeypatch.setattr(sparse, 'min_weight_full_bipartite_matching', refuse)
-    monkeypatch.setattr(generation, '_SMALL', 0)
+    monkeypatch.setattr(generation, '_MAX_DENSE_PAIRS', 0)
 
 
 @pytest.mark.usefixtures('sparse_apart')

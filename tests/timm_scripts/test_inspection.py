@@ -75,7 +75,7 @@ def test_files_that_are_no_good(tmp_path, said):
 
 
 def test_margins_are_those_of_all_pairs(monkeypatch, tmp_path, said):
-    monkeypatch.setattr('timm_dl2pa.prototypes.nearest._BLOCK', 100)  # several blocks
+    monkeypatch.setattr('timm_dl2pa.prototypes.energy._BLOCK_ENTRIES', 100)  # several blocks
     rows = torch.nn.functional.normalize(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
     angles, nearest = margins(rows)
     cosines = (rows.double() @ rows.double().t()).fill_diagonal_(-2)

@@ -1,6 +1,7 @@
-"""Assign classes to prototypes: by matching, and where the set may be rotated, by matching and rotation in turns."""
+"""Assign classes to prototypes: exact matching, and rotation and matching in alternation."""
 from .alignment import AlignmentResult, align_prototypes
-from .solve import MAX_SCORES, AssignmentResult, check_assignment, restore_whole_numbers, solve_assignment
+from .checks import MAX_SCORES, check_assignment, restore_whole_numbers
+from .solve import AssignmentResult, solve_assignment
 
 __all__ = [
     'MAX_SCORES',

@@ -1,31 +1,36 @@
-"""How the whole prototype set stands: the rotation and the assignment that together fit the class means best."""
+"""Rotate the whole prototype set and assign classes to it, to fit the class means best."""
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from .solve import _as_float64, _check_size
+from .checks import as_means_and_prototypes, check_dense_size
 
 __all__ = ['AlignmentResult', 'align_prototypes']
 
-# Cosines of one round that all restarts together may have, and the most restarts: seconds at a thousand classes.
-_WORK = 10 ** 7
-_MOST_RESTARTS = 1000
-_MOST_ROUNDS = 50
-# A restart turns the best rotation by this much of a random one; this share of them begins anywhere.
-_TURN = (0.3, 1.0)
-_ANEW = 0.1
+# The scores of one round, over all restarts by default: some seconds at 1,000 classes.
+_DEFAULT_SCORES = 10 ** 7
+_MAX_DEFAULT_RESTARTS = 1000
+_MAX_ROUNDS = 50
+# A restart perturbs the best rotation by a random one of this weight, or with this probability uses a random one alone.
+_PERTURBATION = (0.3, 1.0)
+_RANDOM_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class AlignmentResult:
-    """What `align_prototypes` found.
+    """The result of `align_prototypes`.
 
     Attributes:
-        prototypes: (K, d) float32 on the CPU, the prototypes rotated: just as evenly spread.
-        assignment: (C,) int64 on the CPU, the prototype of each class, no two the same.
-        objective: `sum_c <m_c, p_a(c)>`.
+        prototypes: (K, d) float32 on the CPU, the rotated prototypes R p_k. They are spread as evenly as the originals.
+        assignment: (C,) int64 on the CPU, the prototype of each class. It is an injection.
+        objective: The sum of scores, `sum_c <m_c, R p_a(c)>`.
+
+    Example:
+        >>> result = align_prototypes(torch.randn(5, 4), make_prototypes(5, 4))
+        >>> isinstance(result, AlignmentResult), result.prototypes.shape, result.assignment.shape
+        (True, torch.Size([5, 4]), torch.Size([5]))
     """
     prototypes: torch.Tensor
     assignment: torch.Tensor
@@ -39,30 +44,42 @@ def align_prototypes(
         restarts: int | None = None,
         seed: int = 0,
 ) -> AlignmentResult:
-    """Maximise `sum_c <m_c, R p_a(c)>` over the rotations (and reflections) R and the injections a, in turns.
+    """Rotate a prototype set as a whole and assign its prototypes to classes, to fit the class means best.
 
-    Any rotation of an evenly spread set is as evenly spread. For a given R, the best assignment is a matching; for a
-    given assignment, the best R is the orthogonal Procrustes solution (Schoenemann 1966). Neither step lowers the sum,
-    and it ends where neither raises it: a local maximum. So the alternation starts from the prototypes as they stand,
-    then again and again from the best end so far, turned at random, and now and then from a random rotation.
+    It maximises `sum_c <m_c, R p_a(c)>` over the orthogonal matrices R (rotations and reflections) and the injections
+    a. A rotated set is spread as evenly as the original one. For a fixed R the best assignment is a matching; for a
+    fixed assignment the best R is the orthogonal Procrustes solution (Schoenemann 1966). The two steps alternate until
+    neither increases the sum, at a local maximum. The first start is the given orientation. Further starts are random
+    perturbations of the best rotation so far, and some are random rotations.
 
     Args:
-        class_means: (C, d); rows of zeros have no say. Best seen from their mean: in a
-            young network they lie in a narrow cone.
-        prototypes: (K, d) unit rows, K >= C.
-        restarts: Number of starts, at least 1. Default: 1,000, fewer from 101 classes on (10 at 1,000).
-        seed: Of the random rotations' own generator.
+        class_means: (C, d), any real dtype, on any device. Rows of zeros have no influence. Subtract the mean over the
+            classes first: early in training all embeddings lie in a narrow cone around it.
+        prototypes: (K, d) unit rows, K >= C, any real dtype, on any device.
+        restarts: The number of starts, at least 1. Default: 1,000, fewer for more than 100 classes (10 for 1,000).
+        seed: Seed of a separate generator for the random rotations.
+
+    Returns:
+        The rotated prototypes, the assignment and the objective, an `AlignmentResult`.
 
     Raises:
-        ValueError: Shapes do not fit, something is not finite (the row is named), K < C, or `restarts` is below 1.
+        ValueError: The shapes do not match, a value is not finite (the row is named), K < C, C x K scores are too many
+            to hold (16 GiB), or `restarts` is less than 1.
+
+    Example:
+        >>> prototypes = make_prototypes(6, 3)
+        >>> class_means = prototypes.flip(0) @ torch.tensor([[0., 1, 0], [1, 0, 0], [0, 0, 1]])
+        >>> result = align_prototypes(class_means, prototypes, restarts=20)
+        >>> result.prototypes.shape, result.assignment.shape
+        (torch.Size([6, 3]), torch.Size([6]))
+        >>> matched = solve_assignment(class_means=class_means, prototypes=prototypes)
+        >>> result.objective >= matched.objective
+        True
     """
-    means, points = _as_float64(class_means, 'class_means'), _as_float64(prototypes, 'prototypes')
-    if means.shape[1] != points.shape[1]:
-        raise ValueError(f'class_means and prototypes must have the same dimension, not {means.shape[1]} and '
-                         f'{points.shape[1]}.')
-    _check_size(len(means), len(points))
+    means, points = as_means_and_prototypes(class_means, prototypes)
+    check_dense_size(len(means), len(points))
     if restarts is None:
-        restarts = max(1, min(_MOST_RESTARTS, _WORK // (len(means) * len(points))))
+        restarts = max(1, min(_MAX_DEFAULT_RESTARTS, _DEFAULT_SCORES // (len(means) * len(points))))
     if restarts < 1:
         raise ValueError(f'restarts must be at least 1, not {restarts}.')
     generator = np.random.default_rng(seed)
@@ -72,16 +89,16 @@ def align_prototypes(
         rotation = np.eye(dim)
         if restart:
             rotation = np.linalg.qr(generator.standard_normal((dim, dim)))[0]
-            if generator.random() >= _ANEW:
-                left, _, right = np.linalg.svd(best[1] + generator.uniform(*_TURN) * rotation)
+            if generator.random() >= _RANDOM_SHARE:
+                left, _, right = np.linalg.svd(best[1] + generator.uniform(*_PERTURBATION) * rotation)
                 rotation = left @ right
         objective = -np.inf
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MAX_ROUNDS):
             _, assignment = linear_sum_assignment(means @ rotation @ points.T, maximize=True)
             left, singular, right = np.linalg.svd(means.T @ points[assignment])
             rotation = left @ right
-            before, objective = objective, singular.sum()
-            if objective <= before + 1e-9 * abs(objective):
+            previous, objective = objective, singular.sum()
+            if objective <= previous + 1e-9 * abs(objective):
                 break
         if best is None or objective > best[0]:
             best = objective, rotation, assignment

@@ -1,4 +1,4 @@
-"""Where the points go: K fixed unit vectors in d dimensions, spread as evenly as can be."""
+"""Prototype sets: K fixed unit vectors in d dimensions, spread as evenly as possible over the unit sphere."""
 from .bounds import max_cosine_lower_bound
 from .checks import check_prototypes, unit_rows
 from .energy import uniformity

@@ -1,13 +1,22 @@
-"""What every prototype set must be, whoever made it."""
+"""Checks and normalisation of prototype sets from any source."""
 import torch
 
 __all__ = ['check_prototypes', 'unit_rows']
 
 
 def check_prototypes(prototypes: torch.Tensor, num_classes: int | None = None) -> None:
-    """Raise a ValueError unless `prototypes` (K, d) has finite unit rows, and at least `num_classes` of them.
+    """Check that prototypes are finite unit rows, and enough for the classes.
 
-    A row may be off by 0.004 in length, so that points that were stored in bfloat16 (off by up to 0.002) still pass.
+    The length of a row may differ from 1 by 0.004. Prototypes that were stored in bfloat16, which changes the length by
+    up to 0.002, therefore pass.
+
+    Args:
+        prototypes: (K, d), any floating-point dtype, on any device.
+        num_classes: C. Default: K is not checked.
+
+    Raises:
+        ValueError: The shape is not (K, d), a row is not finite or not of unit length (the first one is named), or
+            K < C.
     """
     if prototypes.ndim != 2:
         raise ValueError(f'prototypes must have the shape (K, d), not {tuple(prototypes.shape)}.')
@@ -25,8 +34,15 @@ def check_prototypes(prototypes: torch.Tensor, num_classes: int | None = None) -
 
 
 def unit_rows(prototypes: torch.Tensor) -> torch.Tensor:
-    """Return checked prototypes (K, d) as float32 rows of length 1 to rounding; float32 ones that are so already as
-    they are, to the bit."""
+    """Normalise prototypes that passed `check_prototypes` to unit length in float32.
+
+    Args:
+        prototypes: (K, d), any floating-point dtype, on any device.
+
+    Returns:
+        (K, d) float32 rows of length 1 up to rounding. Float32 prototypes that are already of unit length (to 1e-6) are
+        returned unchanged.
+    """
     lengths = prototypes.double().norm(dim=1, keepdim=True)
     if prototypes.dtype == torch.float32 and bool(((lengths - 1).abs() < 1e-6).all()):
         return prototypes

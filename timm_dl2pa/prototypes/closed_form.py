@@ -1,53 +1,86 @@
-"""Prototype sets that mathematics gives outright: simplices, their orthogonal sums, and the regular polygon."""
+"""Prototype sets in closed form: the regular simplex, orthogonal sums of simplices, and the regular polygon."""
 import numpy as np
+
+__all__ = ['orthogonal_simplices', 'random_frame', 'regular_polygon', 'regular_simplex']
 
 
 def random_frame(num_vectors: int, dim: int, generator: np.random.Generator) -> np.ndarray:
-    """Return `num_vectors` <= `dim` orthonormal rows (num_vectors, dim), float64, uniformly distributed.
+    """Draw orthonormal vectors from the uniform (Haar) distribution.
 
-    The signs of R's diagonal are moved into Q, without which QR of a Gaussian matrix is not uniform (Mezzadri 2007).
+    The Q of a Gaussian matrix is uniform only once the signs of R's diagonal are moved into it (Mezzadri 2007).
+
+    Args:
+        num_vectors: n, at most `dim`.
+        dim: d, the dimension of the space.
+        generator: The source of random numbers.
+
+    Returns:
+        (n, d) float64, orthonormal rows.
     """
     q, r = np.linalg.qr(generator.standard_normal((dim, num_vectors)))
     return (q * np.sign(np.diagonal(r))).T
 
 
 def regular_simplex(num_points: int, dim: int, seed: int) -> np.ndarray:
-    """Return K <= d + 1 unit rows (K, d), float64, with every cosine -1 / (K - 1), in a random orientation.
+    """Return the vertices of a regular simplex, in a random orientation.
 
-    -1 / (K - 1) is the smallest maximal cosine that K unit vectors can have in any dimension (Rankin 1955). The
-    orientation is random so that no feature is favoured, or left out, where features are used without a neck.
+    Every cosine is -1 / (K - 1), the smallest maximal cosine that K unit vectors can have in any dimension (Rankin
+    1955). The orientation is random so that a head without a neck uses all features alike.
+
+    Args:
+        num_points: K, at most d + 1.
+        dim: d, the dimension of the space.
+        seed: Seed of the orientation.
+
+    Returns:
+        (K, d) float64 unit rows.
     """
     if num_points == 1:
         return random_frame(1, dim, np.random.default_rng(seed))
-    # The corners e_i of R^K around their mean span K - 1 dimensions. Row k of this lower triangular recursion is the
-    # k-th corner in coordinates of that span, so that the subspace needs no eigenvectors.
+    # The vertices span K - 1 dimensions. Cholesky-like recursion for their coordinates in that span: row k is vertex k.
     span = num_points - 1
-    corners = np.zeros((num_points, span))
+    vertices = np.zeros((num_points, span))
     for i in range(span):
-        corners[i, i] = np.sqrt(max(0.0, 1.0 - corners[i, :i] @ corners[i, :i]))
-        corners[i + 1:, i] = (-1.0 / span - corners[i, :i] @ corners[i, :i]) / corners[i, i]
-    return corners @ random_frame(span, dim, np.random.default_rng(seed))
+        vertices[i, i] = np.sqrt(max(0.0, 1.0 - vertices[i, :i] @ vertices[i, :i]))
+        vertices[i + 1:, i] = (-1.0 / span - vertices[i, :i] @ vertices[i, :i]) / vertices[i, i]
+    return vertices @ random_frame(span, dim, np.random.default_rng(seed))
 
 
 def orthogonal_simplices(num_points: int, dim: int, seed: int) -> np.ndarray:
-    """Return d + 2 <= K <= 2 d unit rows (K, d), float64, with no positive cosine, in a random orientation.
+    """Return K - d - 1 pairs of opposite points and a simplex of the rest, all orthogonal, in a random orientation.
 
-    Beyond d + 1 points 0 is the smallest maximal cosine (Rankin 1955), and the sets that have it are orthogonal sums of
-    at least K - d parts. With exactly K - d parts each is a simplex, and of those sums this one has the lowest
-    uniformity: K - d - 1 pairs of opposite points, and one simplex of the rest. (A simplex of k points adds g(k) =
-    k (k - 1) / 2 (exp(-4 / (k - 1)) - 1) to the sum that orthogonal points would have; g is concave from 2 on, so that
-    unequal sizes are best.) At K = 2 d it is the cross-polytope. The mean is zero.
+    No cosine is positive. For more than d + 1 points, 0 is the smallest maximal cosine (Rankin 1955), and the sets that
+    attain it are orthogonal sums of at least K - d parts. In a sum of exactly K - d parts each part is a simplex. Among
+    those sums this one has the lowest uniformity: a simplex of k points adds g(k) = k (k - 1) / 2 (exp(-4 / (k - 1)) -
+    1) to the sum that orthogonal points would have, and g is concave from 2 on, so unequal sizes are best. At K = 2 d
+    the set is the cross-polytope. The mean of the points is zero.
+
+    Args:
+        num_points: K, from d + 2 to 2 d.
+        dim: d, the dimension of the space.
+        seed: Seed of the orientation and of the order.
+
+    Returns:
+        (K, d) float64 unit rows.
     """
     pairs = num_points - dim - 1
     generator = np.random.default_rng(seed)
     frame = random_frame(dim, dim, generator)
     simplex = regular_simplex(num_points - 2 * pairs, dim - pairs, int(generator.integers(2 ** 32)))
-    # In random order: the first assignment, class c to point c, says nothing about the classes.
+    # In random order: the initial assignment gives class c prototype c, and it should favour no pairs of classes.
     return generator.permutation(np.concatenate([frame[:pairs], -frame[:pairs], simplex @ frame[pairs:]]))
 
 
 def regular_polygon(num_points: int, seed: int) -> np.ndarray:
-    """Return K unit rows (K, 2), float64, the corners of a regular polygon in a random orientation."""
-    turn = np.random.default_rng(seed).uniform(0, 2 * np.pi)
-    angles = turn + 2 * np.pi * np.arange(num_points) / num_points
+    """Return the vertices of a regular polygon, in a random orientation.
+
+    Args:
+        num_points: K, at least 1.
+        seed: Seed of the orientation.
+
+    Returns:
+        (K, 2) float64 unit rows.
+    """
+    offset = np.random.default_rng(seed).uniform(0, 2 * np.pi)
+    angles = offset + 2 * np.pi * np.arange(num_points) / num_points
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)

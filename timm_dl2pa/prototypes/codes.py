@@ -1,8 +1,8 @@
-"""Prototype sets from algebraic codes, for numbers of points that no optimisation can handle well.
+"""Prototype sets from algebraic codes, for numbers of points that are too large to optimise.
 
-A family of bases: each is the Hadamard (or Fourier) matrix with its columns multiplied by the values of one polynomial,
-so that the inner product of two vectors is a character sum, which theorems bound. Every vector comes with its negative
-(or with four phases), so that whole bases, and pairs, have the mean zero.
+A code is a family of bases. Each basis is the Hadamard (or Fourier) matrix with its columns multiplied by the values of
+one polynomial. The inner product of two vectors is then a character sum, for which theorems give bounds. Every vector
+is used with its negative (or in four phases), so that whole bases and pairs have zero mean.
 """
 import math
 from collections.abc import Iterator
@@ -16,24 +16,24 @@ from .closed_form import random_frame
 __all__ = ['CODES', 'Code', 'best_code', 'code_points', 'find_code']
 
 CODES = ('kerdock', 'bch', 'weil')
-# The largest Hadamard matrix that is made, 2^13 square in 64 MiB.
-_LARGEST_POWER = 13
+# The largest Hadamard matrix has 2^13 rows and takes 64 MiB.
+_MAX_POWER = 13
 
 
 @dataclass(frozen=True)
 class Code:
-    """A family of points on the sphere, from which any number up to `size` is taken.
+    """A family of points on the unit sphere, of which any number up to `size` can be used.
 
     Attributes:
-        method: 'kerdock', 'bch' or 'weil'.
-        dim: Dimensions that the points span, at most those asked for.
-        degree: t: the polynomials have 2 t - 1 as their highest exponent ('bch') or t ('weil').
-        num_bases: Number of bases.
-        basis_size: Points in each basis with the negatives (all phases), if they are taken.
-        max_cosine: What no two points exceed, by theorem.
-        source: The theorem.
-        punctured: One coordinate is left out, of 2^m.
-        signed: The negatives are taken too, and the standard basis is one of the bases.
+        method: The family: 'kerdock', 'bch' or 'weil'.
+        dim: The number of dimensions that the points span, at most the requested d.
+        degree: t. The highest exponent of the polynomials is 2 t - 1 ('bch') or t ('weil').
+        num_bases: The number of bases.
+        basis_size: The number of points in each basis, including the negatives ('weil': all phases) if they are used.
+        max_cosine: An upper bound on the cosine of any two points, by theorem.
+        source: The reference of the theorem.
+        punctured: Whether one of the 2^m coordinates is dropped.
+        signed: Whether the negatives are used, and the standard basis is one of the bases.
     """
     method: str
     dim: int
@@ -47,16 +47,20 @@ class Code:
 
     @property
     def size(self) -> int:
-        """The number of points."""
+        """The number of points in the code."""
         return self.num_bases * self.basis_size
 
 
 def _kerdock(num_points: int, dim: int) -> Iterator[Code]:
-    """Kerdock sets in d = 4^k dimensions: d / 2 + 1 bases, cosines 0 and 1 / sqrt(d) (-1 for negatives)."""
+    """Yield Kerdock sets in 4^k (or, punctured, 4^k - 1) dimensions.
+
+    In d = 4^k dimensions there are d / 2 + 1 bases, and the cosines are 0 and +-1 / sqrt(d), or -1 for a vector and its
+    negative.
+    """
     source = 'Kerdock 1972; Cameron & Seidel 1973; Calderbank, Cameron, Kantor & Seidel 1997'
     power = _even_power(dim + 1)
     if power >= 4:
-        # One of each pair, so that it is 1 in the coordinate that is left out: the sums over the others are S - 1.
+        # Of each pair, the vector that is 1 in the dropped coordinate: the sum over the other coordinates is S - 1.
         size = 2 ** power
         yield Code('kerdock', size - 1, 2, size // 2, size, (math.sqrt(size) - 1) / (size - 1), source, True, False)
     power = _even_power(dim)
@@ -66,16 +70,17 @@ def _kerdock(num_points: int, dim: int) -> Iterator[Code]:
 
 
 def _bch(num_points: int, dim: int) -> Iterator[Code]:
-    """Duals of t-error-correcting BCH codes, with the standard basis, in d = 2^m or (punctured) 2^m - 1 dimensions."""
+    """Yield duals of t-error-correcting BCH codes in 2^m (with the standard basis) or, punctured, 2^m - 1 dimensions.
+    """
     sources = {2: 'Gold 1968; MacWilliams & Sloane 1977, ch. 15, theorem 18',
                3: 'Kasami 1969; MacWilliams & Sloane 1977, ch. 15, theorem 19'}
     for punctured in (False, True):
-        power = min(_LARGEST_POWER, (dim + punctured).bit_length() - 1)
+        power = min(_MAX_POWER, (dim + punctured).bit_length() - 1)
         size = 2 ** power
         if power < 3:
             continue
         for degree in range(2, 2 ** (math.ceil(power / 2) - 1) + 1):
-            # The largest character sum, in units of sqrt(2^m). Beyond t = 3 by Carlitz & Uchiyama 1957.
+            # The largest character sum, in units of sqrt(2^m). For t > 3 the bound of Carlitz & Uchiyama 1957.
             odd = power % 2
             factor = {2: math.sqrt(2) if odd else 2.0, 3: math.sqrt(8) if odd else 4.0}.get(degree, 2.0 * (degree - 1))
             largest = factor * math.sqrt(size)
@@ -91,13 +96,16 @@ def _bch(num_points: int, dim: int) -> Iterator[Code]:
 
 
 def _weil(num_points: int, dim: int) -> Iterator[Code]:
-    """exp(2 pi i f(x) / p) / sqrt(p) over all polynomials f of degree <= t without constant term, in four phases, as
-    real vectors of d = 2 p dimensions; and the standard basis. For t = 2 they are a complete set of mutually unbiased
-    bases of C^p (Wootters & Fields 1989)."""
+    """Yield codes of polynomial phases in 2 p dimensions, p prime.
+
+    The points are exp(2 pi i f(x) / p) / sqrt(p) for all polynomials f of degree <= t without constant term, in four
+    phases, as real vectors of 2 p dimensions, and the standard basis. For t = 2 they are a complete set of mutually
+    unbiased bases of C^p (Wootters & Fields 1989).
+    """
     prime = dim // 2
     while prime > 2 and any(prime % divisor == 0 for divisor in range(2, math.isqrt(prime) + 1)):
         prime -= 1
-    # t >= sqrt(p) + 1 bounds nothing, and p > t is the theorem's condition.
+    # The theorem needs p > t, and for t >= sqrt(p) + 1 its bound is trivial.
     degree = 2
     while prime > degree and degree - 1 < math.sqrt(prime):
         bases = prime ** (degree - 1) + 1
@@ -111,74 +119,96 @@ _FAMILIES = dict(zip(CODES, (_kerdock, _bch, _weil)))
 
 
 def find_code(num_points: int, dim: int, method: str) -> Code | None:
-    """Return the code of one family that has K points in at most d dimensions and the smallest maximal cosine."""
+    """Find the code of one family with the smallest maximal cosine.
+
+    Args:
+        num_points: K, the number of points that the code must have at least.
+        dim: d, the number of dimensions that the code may span at most.
+        method: The family, one of `CODES`.
+
+    Returns:
+        The code, or None if the family has no code of this size.
+    """
     fitting = [code for code in _FAMILIES[method](num_points, dim) if code.size >= num_points]
-    return min(fitting, key=_preference, default=None)
+    return min(fitting, key=_by_max_cosine, default=None)
 
 
 def best_code(num_points: int, dim: int, objective: str = 'separated') -> Code | None:
-    """Return the best code of any family for an objective; None if there is none.
+    """Find the best code of any family for an objective.
 
-    'separated': the one with the smallest maximal cosine. 'uniform': the one that spans the most dimensions, by which
-    the energy of very many points, about -4 + 8 / d, is governed; then by the maximal cosine.
+    For 'separated' it is the code with the smallest maximal cosine. For 'uniform' it is the code that spans the most
+    dimensions, and among those the one with the smallest maximal cosine: the energy of very many points is about -4 +
+    8 / d.
+
+    Args:
+        num_points: K, the number of points that the code must have at least.
+        dim: d, the number of dimensions that the code may span at most.
+        objective: 'separated' or 'uniform'.
+
+    Returns:
+        The code, or None if no family has a code of this size.
     """
     fitting = [code for method in CODES for code in _FAMILIES[method](num_points, dim) if code.size >= num_points]
     if objective == 'uniform':
         return min(fitting, key=lambda code: (-code.dim, code.max_cosine), default=None)
-    return min(fitting, key=_preference, default=None)
+    return min(fitting, key=_by_max_cosine, default=None)
 
 
-def _preference(code: Code) -> tuple[float, int]:
-    # Of two that are equal but for rounding, the one that uses more of the dimensions.
+def _by_max_cosine(code: Code) -> tuple[float, int]:
+    # Where two codes differ by rounding only, the one that spans more dimensions comes first.
     return round(code.max_cosine, 12), -code.dim
 
 
 def code_points(code: Code, num_points: int, dim: int, seed: int, dtype: type = np.float32) -> np.ndarray:
-    """Return K unit rows (K, d) of a code, in random order.
+    """Draw points of a code at random.
 
-    Whole bases, drawn by the seed; of the last one, as many pairs of a vector and its negative as are still wanted. So
-    the mean is zero where K is even, and as short as one vector over K where it is odd (`signed`), and zero for a
-    multiple of the basis elsewhere. The coordinates are permuted, and their signs turned, by the seed; where the code
-    spans fewer than d dimensions it is put into a random subspace instead.
+    Whole bases are drawn; of the last one, as many pairs of a vector and its negative as are still needed. If the code
+    is `signed`, the mean of the points is therefore zero for even K and has the length 1 / K for odd K. Otherwise it is
+    zero where K is a multiple of the basis size. The coordinates are permuted and their signs flipped at random; if the
+    code spans fewer than d dimensions, it is embedded in a random subspace instead.
 
     Args:
-        code: From `find_code` or `best_code`.
+        code: The code, from `find_code` or `best_code`.
         num_points: K, at most `code.size`.
         dim: d, at least `code.dim`.
-        seed: Of the choice, the order and the orientation.
-        dtype: Of the points; the entries are exact up to its rounding.
+        seed: Seed of the choice, the order and the orientation.
+        dtype: The dtype of the points. The entries are exact up to its rounding.
+
+    Returns:
+        (K, d) unit rows of `dtype`, in random order.
     """
     generator = np.random.default_rng(seed)
     needed = -(-num_points // code.basis_size)
     chosen = generator.choice(code.num_bases, needed, replace=False, shuffle=False)
-    place = generator.permutation(num_points)
+    order = generator.permutation(num_points)
     if code.dim < dim:
         frame = random_frame(code.dim, dim, generator).astype(dtype)
     else:
-        order, signs = generator.permutation(dim), generator.choice(np.array([-1, 1], dtype), dim)
+        coordinates, signs = generator.permutation(dim), generator.choice(np.array([-1, 1], dtype), dim)
     bases = _weil_bases(code) if code.method == 'weil' else _binary_bases(code)
     points = np.empty((num_points, dim), dtype)
     for index, basis in enumerate(chosen):
         first = index * code.basis_size
-        wanted = min(code.basis_size, num_points - first)
+        count = min(code.basis_size, num_points - first)
         rows = bases(int(basis), dtype)
-        if wanted < code.basis_size:
-            rows = rows[generator.permutation(len(rows))[:-(-wanted // 2) if code.signed else wanted]]
-        rows = rows @ frame if code.dim < dim else rows[:, order] * signs
-        half = rows[:wanted // 2] if code.signed else rows[:0]
-        rows = rows[:wanted - len(half)]
-        points[place[first:first + len(rows)]] = rows
-        points[place[first + len(rows):first + wanted]] = -half
+        if count < code.basis_size:
+            rows = rows[generator.permutation(len(rows))[:-(-count // 2) if code.signed else count]]
+        rows = rows @ frame if code.dim < dim else rows[:, coordinates] * signs
+        negated = rows[:count // 2] if code.signed else rows[:0]
+        rows = rows[:count - len(negated)]
+        points[order[first:first + len(rows)]] = rows
+        points[order[first + len(rows):first + count]] = -negated
     return points
 
 
 def _even_power(size: int) -> int:
     """Return the largest even m <= 12 with 2^m <= size."""
-    return min(_LARGEST_POWER, size.bit_length() - 1) // 2 * 2
+    return min(_MAX_POWER, size.bit_length() - 1) // 2 * 2
 
 
 def _binary_bases(code: Code):
-    """Return a function that makes the rows of a basis of a Kerdock set or of a dual BCH code, up to sign."""
+    """Return a function that computes the rows of a basis of a Kerdock set or a dual BCH code, without the negatives.
+    """
     length = code.dim + code.punctured
     power = length.bit_length() - 1
     signs = hadamard(length, dtype=np.int8)
@@ -201,10 +231,10 @@ def _binary_bases(code: Code):
 
 
 def _kerdock_form(field: '_BinaryField', index: int, degree: int) -> np.ndarray:
-    """Return the values in {0, 1} (2^m,) of a quadratic form Q_a on GF(2^n) + GF(2), n = m - 1 odd.
+    """Return the values (2^m,) in {0, 1} of a quadratic form Q_a on GF(2^n) + GF(2), n = m - 1 odd.
 
-    Q_a(x, e) = sum_{i=1}^{(n-1)/2} Tr((a x)^(2^i + 1)) + e Tr(a x). The difference of two of them has full rank, so
-    that its character sums have the absolute value 2^(m/2) (Kerdock 1972, in the form of Calderbank et al. 1997).
+    Q_a(x, e) = sum_{i=1}^{(n-1)/2} Tr((a x)^(2^i + 1)) + e Tr(a x). The difference of two such forms has full rank, and
+    its character sums have the absolute value 2^(m/2) (Kerdock 1972, in the form of Calderbank et al. 1997).
     """
     products = field.multiply(index, np.arange(field.size))
     total = np.zeros(field.size, dtype=np.int64)
@@ -214,7 +244,10 @@ def _kerdock_form(field: '_BinaryField', index: int, degree: int) -> np.ndarray:
 
 
 def _bch_form(field: '_BinaryField', index: int, degree: int) -> np.ndarray:
-    """Return the values in {0, 1} (2^m,) of Tr(a_3 x^3 + a_5 x^5 + ... + a_(2t-1) x^(2t-1)); `index` numbers the a."""
+    """Return the values (2^m,) in {0, 1} of Tr(a_3 x^3 + a_5 x^5 + ... + a_(2t-1) x^(2t-1)).
+
+    The digits of `index` in base 2^m are the coefficients a.
+    """
     x = np.arange(field.size)
     total = np.zeros(field.size, dtype=np.int64)
     for exponent in range(3, 2 * degree, 2):
@@ -224,7 +257,7 @@ def _bch_form(field: '_BinaryField', index: int, degree: int) -> np.ndarray:
 
 
 def _weil_bases(code: Code):
-    """Return a function that makes the rows of a basis of C^p as real vectors, each in the phases 1 and i."""
+    """Return a function that computes the rows of a basis of C^p as real vectors, in the phases 1 and i."""
     prime = code.dim // 2
     x = np.arange(prime)
     linear = np.outer(x, x) % prime
@@ -248,7 +281,7 @@ def _weil_bases(code: Code):
 
 
 class _BinaryField:
-    """GF(2^n) as the integers 0..2^n - 1: addition is exclusive or, multiplication by logarithms.
+    """GF(2^n) on the integers 0..2^n - 1. Addition is exclusive or; multiplication uses tables of logarithms.
 
     Args:
         degree: n, from 1 to 16.
@@ -257,7 +290,7 @@ class _BinaryField:
     def __init__(self, degree: int):
         self.degree, self.size = degree, 2 ** degree
         order = self.size - 1
-        # A polynomial is primitive if the powers of x run through all elements but 0: the first that does is taken.
+        # A polynomial is primitive if the powers of x are all elements but 0. The first primitive one is used.
         for polynomial in range(self.size + 1, 2 * self.size, 2):
             powers, element = [], 1
             for _ in range(order):
@@ -278,11 +311,11 @@ class _BinaryField:
             self.trace ^= self.power(elements, 2 ** i)
 
     def multiply(self, factor: int, elements: np.ndarray) -> np.ndarray:
-        """Return `factor` times each element."""
+        """Return the products of `factor` and each element, of the shape of `elements`."""
         if factor == 0:
             return np.zeros_like(elements)
         return np.where(elements == 0, 0, self._exp[(self._log[factor] + self._log[elements]) % (self.size - 1)])
 
     def power(self, elements: np.ndarray, exponent: int) -> np.ndarray:
-        """Return each element to a positive power."""
+        """Return each element raised to a positive exponent, of the shape of `elements`."""
         return np.where(elements == 0, 0, self._exp[self._log[elements] * exponent % (self.size - 1)])

@@ -1,4 +1,4 @@
-"""Prototype sets in safetensors files, and the cache of those that took long to make."""
+"""Prototype sets in safetensors files, and a cache of the sets that take long to make."""
 import hashlib
 import json
 import logging
@@ -18,56 +18,93 @@ __all__ = ['CACHE_VARIABLE', 'cache_folder', 'load_prototypes', 'read_cached', '
            'write_cached']
 
 CACHE_VARIABLE = 'TIMM_DL2PA_CACHE'
-# Rises whenever the same arguments give other points: what was kept before is then not found any more.
+# Increase this whenever the same arguments give other points, so that outdated cache files are no longer found.
 VERSION = 1
-_NAME = 'prototypes'
+_TENSOR_NAME = 'prototypes'
 _logger = logging.getLogger(__name__)
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, and move it there when it is complete: at once, or not at all."""
+    """Write a file atomically: to a temporary file in the same folder, which then replaces `path`.
+
+    If `write` raises, `path` is unchanged.
+
+    Args:
+        path: The file to create or replace.
+        write: Writes the content to the path that it is given.
+    """
     path = Path(path)
-    # A name of its own: two processes may write the same file at the same time.
-    part = path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
+    # A unique name, because two processes may write the same file at the same time.
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
     try:
-        write(part)
-        os.replace(part, path)
+        write(temporary)
+        os.replace(temporary, path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: dict[str, Any] | None = None) -> None:
-    """Write prototypes (K, d), and JSON values about them, to a safetensors file that `load_prototypes` reads."""
+    """Write a prototype set to a safetensors file, which `load_prototypes` reads.
+
+    The file is complete before it replaces an older one. Its metadata hold the sha256 of the prototypes.
+
+    Args:
+        path: The file to create or replace.
+        prototypes: (K, d) unit rows, any floating-point dtype, on any device.
+        about: JSON values that describe the set, for the file's metadata.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> save_prototypes('prototypes.safetensors', make_prototypes(10, 3))
+        >>> load_prototypes('prototypes.safetensors').shape
+        torch.Size([10, 3])
+    """
     prototypes = prototypes.detach().cpu().contiguous()
     metadata = {'format': 'pt', 'about': json.dumps(about or {}), 'sha256': _digest(prototypes)}
-    replace_file(path, lambda part: save_file({_NAME: prototypes}, part, metadata=metadata))
+    replace_file(path, lambda temporary: save_file({_TENSOR_NAME: prototypes}, temporary, metadata=metadata))
 
 
 def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
-    """Read prototypes (K, d) from a safetensors file: its tensor `prototypes`, or the only one in it.
+    """Read a prototype set from a safetensors file: its tensor `prototypes`, or its only tensor.
+
+    Args:
+        path: A file of `save_prototypes` or `timm-dl2pa prototypes --out`, or any safetensors file of one tensor.
+
+    Returns:
+        (K, d) unit rows, in the file's dtype, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no safetensors file, it is damaged, or what it holds is no prototype set.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not in safetensors format or is damaged, it holds several tensors and none of them is
+            named `prototypes`, or its tensor is not a prototype set (see `check_prototypes`).
+
+    Example:
+        >>> save_prototypes('simplex.safetensors', make_prototypes(4, 3))
+        >>> prototypes = load_prototypes('simplex.safetensors')
+        >>> head = DL2PAHead(in_features=16, num_classes=4, dim=3, prototypes=prototypes)
     """
-    return _read(path)[0]
+    return _read_file(path)[0]
 
 
-def _read(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
+def _read_file(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the prototypes of a file, checked, and the `about` of its metadata."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f'{path}: no such file of prototypes.')
+        raise FileNotFoundError(f'{path} does not exist: give the path of a safetensors file of prototypes.')
     try:
         with safe_open(path, framework='pt') as file:
             names = list(file.keys())
-            if _NAME not in names and len(names) != 1:
-                raise ValueError(f'{path} must hold one tensor named {_NAME!r}, or one alone, not {", ".join(names)}.')
-            # A copy: the file's tensors are views at any offset.
-            prototypes = file.get_tensor(_NAME if _NAME in names else names[0]).clone()
+            if _TENSOR_NAME not in names and len(names) != 1:
+                raise ValueError(f'{path} must hold one tensor named {_TENSOR_NAME!r}, or a single tensor, not '
+                                 f'{", ".join(names)}.')
+            # Cloned, because the file's tensors are views at arbitrary offsets.
+            prototypes = file.get_tensor(_TENSOR_NAME if _TENSOR_NAME in names else names[0]).clone()
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f'{path} is not an intact safetensors file: {error}') from error
     if metadata.get('sha256', _digest(prototypes)) != _digest(prototypes):
-        raise ValueError(f'{path} is damaged: its prototypes are not those that were written.')
+        raise ValueError(f'{path} is damaged: the sha256 of its prototypes differs from the one in its metadata.')
     try:
         check_prototypes(prototypes)
         about = json.loads(metadata.get('about', '{}'))
@@ -81,13 +118,15 @@ def _digest(prototypes: torch.Tensor) -> str:
 
 
 def cache_folder() -> Path | None:
-    """Return where made prototypes are kept: what TIMM_DL2PA_CACHE names, or timm_dl2pa in the user's cache folder.
+    """Return the folder of cached prototypes.
 
-    None if TIMM_DL2PA_CACHE is empty, 0 or off.
+    Returns:
+        The folder that the environment variable TIMM_DL2PA_CACHE names, or `timm_dl2pa` in the user's cache folder;
+        None (no caching) if the variable is empty, 0 or off.
     """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named is not None:
-        return None if named.strip().lower() in ('', '0', 'off') else Path(named).expanduser()
+    configured = os.environ.get(CACHE_VARIABLE)
+    if configured is not None:
+        return None if configured.strip().lower() in ('', '0', 'off') else Path(configured).expanduser()
     base = os.environ.get('XDG_CACHE_HOME') or Path('~/.cache')
     return Path(base).expanduser() / 'timm_dl2pa'
 
@@ -98,14 +137,22 @@ def _cached_path(key: dict[str, Any]) -> Path | None:
 
 
 def read_cached(key: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]] | None:
-    """Return the prototypes kept under a key and what was written about them; None where there are none, or damaged."""
+    """Look up a prototype set in the cache.
+
+    Args:
+        key: The arguments that the set was made with, `num_prototypes` and `dim` among them.
+
+    Returns:
+        The prototypes (K, d) and their `about`, or None if the cache has no intact file for the key. A damaged file is
+        logged as a warning.
+    """
     path = _cached_path(key)
     if path is None or not path.is_file():
         return None
     try:
-        prototypes, about = _read(path)
+        prototypes, about = _read_file(path)
     except (ValueError, OSError) as error:
-        _logger.warning('Prototypes are made anew: %s', error)
+        _logger.warning('The cached prototypes cannot be read and are made again: %s', error)
         return None
     if about.get('key') != key or prototypes.shape != (key['num_prototypes'], key['dim']):
         return None
@@ -113,7 +160,13 @@ def read_cached(key: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]] | No
 
 
 def write_cached(key: dict[str, Any], prototypes: torch.Tensor, about: dict[str, Any]) -> None:
-    """Keep prototypes under a key. That nothing can be written there is said once, and is no error."""
+    """Store a prototype set in the cache. If the file cannot be written, a warning is logged.
+
+    Args:
+        key: The arguments that the set was made with.
+        prototypes: (K, d).
+        about: JSON values that describe the set.
+    """
     path = _cached_path(key)
     if path is None:
         return
@@ -121,4 +174,5 @@ def write_cached(key: dict[str, Any], prototypes: torch.Tensor, about: dict[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         save_prototypes(path, prototypes, {**about, 'key': key})
     except OSError as error:
-        _logger.warning('Prototypes could not be kept (%s): %s=off ends the attempts.', error, CACHE_VARIABLE)
+        _logger.warning('The prototypes could not be cached (%s). Set %s=off to disable the cache.', error,
+                        CACHE_VARIABLE)

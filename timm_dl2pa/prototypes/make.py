@@ -1,4 +1,4 @@
-"""`make_prototypes`: which of the methods makes the points, and what it made."""
+"""`make_prototypes`: selects the methods that make a prototype set, runs them and keeps the best set."""
 import math
 import time
 from collections.abc import Callable
@@ -11,33 +11,35 @@ from .bounds import max_cosine_lower_bound
 from .closed_form import orthogonal_simplices, regular_polygon, regular_simplex
 from .codes import CODES, Code, best_code, code_points, find_code
 from .files import read_cached, write_cached
-from .optimise import _FEW_EVALUATIONS, OBJECTIVES, affordable_evaluations, cross_polytopes, optimise, sgd_recipe
+from .optimise import MIN_EVALUATIONS, OBJECTIVES, affordable_evaluations, cross_polytopes, optimise, sgd_recipe
 from .quality import prototype_quality
 
 __all__ = ['METHODS', 'PrototypeInfo', 'make_prototypes']
 
 METHODS = ('auto', 'simplex', 'polygon', 'simplices', *CODES, 'cross_polytopes', 'optimise', 'sgd')
-# Those that take long enough to be worth keeping.
-_KEPT = ('optimise', 'sgd')
-_CONVERGENCE = 1000
-# Multiply-adds that comparing may take, and making cross-polytopes for a comparison.
-_COMPARISON = 10 ** 11
-_CROSS_POLYTOPES = 10 ** 11
+# The methods that take long enough for their sets to be cached.
+_CACHED_METHODS = ('optimise', 'sgd')
+# Evaluations of the objective that 'optimise' needs to converge.
+_CONVERGED_EVALUATIONS = 1000
+# The most multiply-adds for comparing sets, and for making cross-polytopes for a comparison.
+_MAX_COMPARISON_WORK = 10 ** 11
+_MAX_CROSS_POLYTOPES_WORK = 10 ** 11
 
 
 @dataclass(frozen=True)
 class PrototypeInfo:
-    """What `make_prototypes` did.
+    """How `make_prototypes` made a prototype set.
 
     Attributes:
         objective: 'uniform' or 'separated'.
-        method: The method whose points these are.
+        method: The method that made the points.
         seed: Its seed.
-        description: In words, with the source of a theorem.
-        theorem: What no cosine between two points exceeds, where a theorem says so; None elsewhere.
-        tried: The objective's value (energy, or maximal cosine) of each method that 'auto' compared, lower is better.
-        seconds: What making them took; when they come from the cache, then.
-        cached: Whether they come from the cache.
+        description: The method in words, with the reference of the theorem, if any.
+        theorem: The upper bound that a theorem gives on all cosines between two points, or None.
+        tried: The value of the objective (energy or maximal cosine; lower is better) of each method that 'auto'
+            compared.
+        seconds: The time that it took to make the set. For a cached set, the time when it was made.
+        cached: Whether the set was read from the cache.
     """
     objective: str
     method: str
@@ -62,72 +64,82 @@ def make_prototypes(
         progress: bool = False,
         cache: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, PrototypeInfo]:
-    """Spread K points on the unit sphere of R^d.
+    """Make a prototype set: K points spread as evenly as possible over the unit sphere of R^d.
 
-    Objectives: 'uniform' is the paper's, `log mean_{i<j} exp(-2 |p_i - p_j|^2)` (DL2PA, Eq. 4-5, after Wang & Isola
-    2020), an average: where K is very large for d, it is hardly higher when two of the points nearly touch. 'separated'
-    is the smallest maximal cosine (the Tammes problem; spherical codes).
+    There are two objectives. 'uniform' is the paper's, `log mean_{i<j} exp(-2 |p_i - p_j|^2)` (DL2PA, Eq. 4-5, after
+    Wang & Isola 2020). It is an average: where K is very large for d, two points that nearly coincide hardly raise it.
+    'separated' minimises the maximal cosine (the Tammes problem; spherical codes).
 
-    Methods, for either objective:
-        'simplex': K <= d + 1, the regular simplex: the minimum of both objectives (Rankin 1955; Cohn & Kumar 2007).
-        'polygon': d = 2, the regular polygon: the minimum of both.
-        'simplices': d + 2 <= K <= 2 d, opposite pairs and a simplex, orthogonal to each other: the smallest maximal
-            cosine, 0 (Rankin 1955), and the lowest energy that such a sum has.
-        'kerdock', 'bch', 'weil': subsets of algebraic codes, whose maximal cosine a theorem bounds, for K to some power
-            of d. Kerdock sets are optimal codes at d = 16, 64, 256 and 1,024 with all d^2 + 2 d points (Cohn, de Laat &
-            Leijenhorst 2024, "Optimality of spherical codes via exact semidefinite programming bounds").
-        'optimise': descent from many starts. Its work is rationed: half a minute or less on one core.
-        'cross_polytopes': orthogonal bases and their negatives in random orientations, for any size.
-        'sgd': the authors' recipe, for comparison.
-        'auto': the first three where they are the minimum; elsewhere the better of the best code and 'optimise', as
-            measured, where the ration lets 'optimise' evaluate its objective a hundred times; beyond, the code (for
-            'uniform' where it is no worse than cross-polytopes), or cross-polytopes where no code is large enough.
+    The methods can be used with either objective:
+        'simplex': The regular simplex, for K <= d + 1. It is the minimum of both objectives (Rankin 1955; Cohn & Kumar
+            2007).
+        'polygon': The regular polygon, for d = 2. It is the minimum of both objectives.
+        'simplices': Pairs of opposite points and a simplex, orthogonal to each other, for d + 2 <= K <= 2 d. They have
+            the smallest maximal cosine, 0 (Rankin 1955), and the lowest energy of such a sum.
+        'kerdock', 'bch', 'weil': Subsets of algebraic codes, for K up to some power of d. A theorem bounds their
+            maximal cosine. Kerdock sets are optimal codes at d = 16, 64, 256 and 1,024 with all d^2 + 2 d points (Cohn,
+            de Laat & Leijenhorst 2024, "Optimality of spherical codes via exact semidefinite programming bounds").
+        'optimise': L-BFGS from many starts, within a work budget: half a minute or less on one core.
+        'cross_polytopes': Orthogonal bases and their negatives in random orientations, for any size.
+        'sgd': The authors' recipe, for comparison.
+        'auto': A closed form (the first three methods) where it is the minimum. Otherwise the better, by measurement,
+            of the best code and 'optimise', if the budget allows 'optimise' 100 evaluations of its objective. For
+            larger sets the best code (for 'uniform' only if it is no worse than cross-polytopes), or cross-polytopes
+            if no code is large enough.
 
-    On one machine, with one number of threads, the result depends on the arguments alone; elsewhere rounding may
-    differ. The global random states of torch and numpy are neither read nor written. What 'optimise' and 'sgd' made
-    (also for 'auto') is kept in the user's cache folder; the environment variable TIMM_DL2PA_CACHE moves it, or, set to
-    'off', switches it off.
+    On one machine, with a fixed number of threads, the result depends on the arguments alone; elsewhere rounding may
+    differ. The global random states of torch and numpy are neither read nor changed. Sets made by 'optimise' and 'sgd'
+    (also within 'auto') are cached in the user's cache folder. The environment variable TIMM_DL2PA_CACHE names another
+    folder, or disables the cache if it is 'off'.
 
     Args:
         num_prototypes: K, the number of points, at least 1.
-        dim: d, the dimension of the space, at least 1.
+        dim: d, the dimension of the space, at least 1. For d = 1, K is at most 2.
         objective: 'uniform' or 'separated'.
-        method: One of those above.
-        seed: Of the points' own generator: of orientations, of subsets of codes, of the starts of the optimisation.
-        return_info: Return a report, too.
-        effort: Factor on the work that 'optimise' may do. In 'auto' it also lifts the size up to which it is tried.
-        device: Where 'optimise' computes: float64 on the CPU, float32 on a GPU.
-        progress: Show a progress bar while 'optimise' and 'sgd' run.
-        cache: Look into the cache, and keep what takes long there.
+        method: One of the methods above.
+        seed: Seed of a separate generator for orientations, subsets of codes and starts of the optimisation.
+        return_info: Whether to return a `PrototypeInfo` as well.
+        effort: Factor on the work budget of 'optimise'. In 'auto' it also raises the size up to which 'optimise' is
+            tried.
+        device: The device of 'optimise', which computes in float64 on the CPU and in float32 on a GPU.
+        progress: Whether to show a progress bar for 'optimise' and 'sgd'.
+        cache: Whether to use the cache.
 
     Returns:
-        Unit rows (K, d), float32, on the CPU; with `return_info` a pair of them and a `PrototypeInfo`.
+        (K, d) float32 unit rows on the CPU; with `return_info` a pair of them and a `PrototypeInfo`.
 
     Raises:
-        ValueError: A number is out of range, a name is unknown, or the method has no K points in d dimensions.
+        ValueError: A number is out of range, a name is unknown, or the method has no set of K points in d dimensions.
+
+    Example:
+        >>> prototypes, info = make_prototypes(10, 16, return_info=True)
+        >>> prototypes.shape, info.method
+        (torch.Size([10, 16]), 'simplex')
+        >>> make_prototypes(100, 16, method='kerdock').shape
+        torch.Size([100, 16])
     """
-    _check(num_prototypes, dim, objective, method, effort)
-    makers = _makers(num_prototypes, dim, objective, method, effort, device)
-    kept = cache and any(name in _KEPT for name in makers)
+    _check_arguments(num_prototypes, dim, objective, method, effort)
+    candidates = _select_methods(num_prototypes, dim, objective, method, effort, device)
+    use_cache = cache and any(name in _CACHED_METHODS for name in candidates)
     key = dict(num_prototypes=num_prototypes, dim=dim, objective=objective, method=method, seed=seed,
                effort=float(effort), device=torch.device(device).type)
-    if kept and (found := read_cached(key)) is not None:
+    if use_cache and (found := read_cached(key)) is not None:
         points, about = found
         return (points, PrototypeInfo(**about['info'], cached=True)) if return_info else points
-    points, info = _make(makers, num_prototypes, dim, objective, seed, effort, device, progress)
-    if kept:
+    points, info = _make_best(candidates, num_prototypes, dim, objective, seed, effort, device, progress)
+    if use_cache:
         about = asdict(info)
         del about['cached']
         write_cached(key, points, {'info': about})
     return (points, info) if return_info else points
 
 
-def _check(num_points: int, dim: int, objective: str, method: str, effort: float) -> None:
+def _check_arguments(num_points: int, dim: int, objective: str, method: str, effort: float) -> None:
     if num_points < 1 or dim < 1:
         raise ValueError(f'num_prototypes and dim must be at least 1, not {num_points} and {dim}.')
     if dim == 1 and num_points > 2:
         raise ValueError(f'dim=1 has room for 2 distinct unit vectors, not for num_prototypes={num_points}: '
-                         f'take dim=2 or more.')
+                         f'use dim=2 or more.')
     if objective not in OBJECTIVES:
         raise ValueError(f'objective must be one of {", ".join(OBJECTIVES)}, not {objective!r}.')
     if method not in METHODS:
@@ -136,15 +148,15 @@ def _check(num_points: int, dim: int, objective: str, method: str, effort: float
         raise ValueError(f'effort must be positive and finite, not {effort}.')
 
 
-def _makers(
+def _select_methods(
         num_points: int, dim: int, objective: str, method: str, effort: float, device: torch.device | str,
 ) -> dict[str, Code | None]:
-    """Return the methods to try, codes with what was found for them. Those that give the minimum stand alone."""
+    """Return the methods to try, with the code for a method that uses one. A proven minimum is tried alone."""
     size = f'num_prototypes={num_points} in dim={dim}'
     if method in CODES:
         code = find_code(num_points, dim, method)
         if code is None:
-            raise ValueError(f'method={method!r} has no code with {size}: take another method, or a larger dim.')
+            raise ValueError(f'method={method!r} has no code with {size}: use another method or a larger dim.')
         return {method: code}
     fits = {
         'simplex': num_points <= dim + 1, 'polygon': dim == 2, 'simplices': dim + 2 <= num_points <= 2 * dim,
@@ -154,39 +166,39 @@ def _makers(
         if not fits[method]:
             needs = {'simplex': 'num_prototypes <= dim + 1', 'polygon': 'dim=2',
                      'simplices': 'dim + 2 <= num_prototypes <= 2 dim'}.get(method, 'at least 2 points and dimensions')
-            raise ValueError(f"method={method!r} needs {needs}, not {size}: take method='auto'.")
+            raise ValueError(f"method={method!r} needs {needs}, not {size}: use method='auto'.")
         return {method: None}
     for closed in ('simplex', 'polygon'):
         if fits[closed]:
             return {closed: None}
-    tried: dict[str, Code | None] = {}
+    candidates: dict[str, Code | None] = {}
     if fits['simplices']:
-        tried['simplices'] = None
+        candidates['simplices'] = None
         if objective == 'separated':
-            return tried
+            return candidates
     elif (code := best_code(num_points, dim, objective)) is not None:
-        tried[code.method] = code
+        candidates[code.method] = code
         if objective == 'separated' and _is_optimal(code, num_points, dim):
-            return tried
-    # What the simplices leave to be gained takes descent that converges.
-    needed = _CONVERGENCE if 'simplices' in tried else _FEW_EVALUATIONS
+            return candidates
+    # The simplices are so good that only a converged optimisation can improve on them.
+    needed = _CONVERGED_EVALUATIONS if 'simplices' in candidates else MIN_EVALUATIONS
     if affordable_evaluations(num_points, dim, effort, device) >= needed:
-        tried['optimise'] = None
-    elif not tried or (objective == 'uniform' and 'simplices' not in tried and code.dim < dim
-                       and num_points * dim * dim < _CROSS_POLYTOPES):
-        # Unlike the code they use all dimensions.
-        tried['cross_polytopes'] = None
-    return tried
+        candidates['optimise'] = None
+    elif not candidates or (objective == 'uniform' and 'simplices' not in candidates and code.dim < dim
+                            and num_points * dim * dim < _MAX_CROSS_POLYTOPES_WORK):
+        # Unlike the code, cross-polytopes span all dimensions.
+        candidates['cross_polytopes'] = None
+    return candidates
 
 
 def _is_optimal(code: Code, num_points: int, dim: int) -> bool:
-    """Whether a code is proven to have the smallest maximal cosine: by a bound, or, a Kerdock set, by Cohn et al."""
+    """Return whether a code is proven to have the smallest maximal cosine: by the bound, or by Cohn et al. 2024."""
     proven = code.method == 'kerdock' and code.signed and code.size == num_points and dim in (16, 64, 256, 1024)
     return proven or code.max_cosine <= max_cosine_lower_bound(num_points, dim) + 1e-12
 
 
-def _make(
-        makers: dict[str, Code | None],
+def _make_best(
+        candidates: dict[str, Code | None],
         num_points: int,
         dim: int,
         objective: str,
@@ -195,33 +207,34 @@ def _make(
         device: torch.device | str,
         progress: bool,
 ) -> tuple[torch.Tensor, PrototypeInfo]:
+    """Make the points by each candidate method and return the best set."""
     began = time.perf_counter()
-    found: dict[str, np.ndarray] = {}
+    points: dict[str, np.ndarray] = {}
     tried: dict[str, float] = {}
-    for name, code in makers.items():
+    for name, code in candidates.items():
         if code is not None:
-            # Float64 where descent starts from them, float32 where they may be millions.
-            dtype = np.float64 if 'optimise' in makers else np.float32
-            found[name] = code_points(code, num_points, dim, seed, dtype)
+            # Float64 if 'optimise' starts from these points. Otherwise float32, as there may be millions of them.
+            dtype = np.float64 if 'optimise' in candidates else np.float32
+            points[name] = code_points(code, num_points, dim, seed, dtype)
         elif name == 'optimise':
-            starts = list(found.values()) if objective == 'separated' else []
-            with _bar(progress, name) as report:
-                found[name] = optimise(num_points, dim, objective, seed, starts=starts, effort=effort, device=device,
-                                       report=report)
+            starts = list(points.values()) if objective == 'separated' else []
+            with _ProgressBar(progress, name) as report:
+                points[name] = optimise(num_points, dim, objective, seed, starts=starts, effort=effort, device=device,
+                                        report=report)
         elif name == 'sgd':
-            with _bar(progress, name) as report:
-                found[name] = sgd_recipe(num_points, dim, seed, report=report)
+            with _ProgressBar(progress, name) as report:
+                points[name] = sgd_recipe(num_points, dim, seed, report=report)
         elif name == 'polygon':
-            found[name] = regular_polygon(num_points, seed)
+            points[name] = regular_polygon(num_points, seed)
         else:
             make = {'simplex': regular_simplex, 'simplices': orthogonal_simplices, 'cross_polytopes': cross_polytopes}
-            found[name] = make[name](num_points, dim, seed)
-        if len(makers) > 1:
-            quality = prototype_quality(torch.from_numpy(found[name]), max_work=_COMPARISON)
+            points[name] = make[name](num_points, dim, seed)
+        if len(candidates) > 1:
+            quality = prototype_quality(torch.from_numpy(points[name]), max_work=_MAX_COMPARISON_WORK)
             tried[name] = quality.energy if objective == 'uniform' else quality.max_cosine
-    # At a tie in all but rounding, the first: a closed form or a code is exact.
-    method = next(name for name in found if not tried or tried[name] <= min(tried.values()) + 1e-9)
-    code = makers[method]
+    # If the values differ by rounding only, the first method wins: a closed form or a code is exact.
+    method = next(name for name in points if not tried or tried[name] <= min(tried.values()) + 1e-9)
+    code = candidates[method]
     info = PrototypeInfo(
         objective=objective,
         method=method,
@@ -231,23 +244,25 @@ def _make(
         tried=tried,
         seconds=time.perf_counter() - began,
     )
-    return torch.from_numpy(found[method]).float(), info
+    return torch.from_numpy(points[method]).float(), info
 
 
 def _theorem(method: str, code: Code | None, num_points: int, dim: int) -> float | None:
+    """Return the upper bound on the cosines that a theorem gives for a set, or None."""
     if code is not None:
         return code.max_cosine
-    # These attain the bound.
-    closed = method in ('simplex', 'polygon', 'simplices') and num_points > 1
-    return max_cosine_lower_bound(num_points, dim) if closed else None
+    # The closed forms attain the lower bound.
+    is_closed_form = method in ('simplex', 'polygon', 'simplices') and num_points > 1
+    return max_cosine_lower_bound(num_points, dim) if is_closed_form else None
 
 
 def _describe(method: str, code: Code | None, num_points: int, dim: int) -> str:
+    """Return the method in words."""
     if code is not None:
         family = {'kerdock': 'a Kerdock set', 'bch': f'the dual of a {code.degree}-error-correcting BCH code',
                   'weil': f'polynomial phases of degree {code.degree} over {code.dim // 2} elements'}[method]
         return (f'{num_points} of the {code.size} points of {family} in {code.dim} dimensions'
-                + (f', put into a random subspace of {dim}' if code.dim < dim else '') + f' ({code.source})')
+                + (f', embedded at random in {dim} dimensions' if code.dim < dim else '') + f' ({code.source})')
     return {
         'simplex': 'a regular simplex (Rankin 1955)',
         'polygon': 'a regular polygon',
@@ -259,8 +274,13 @@ def _describe(method: str, code: Code | None, num_points: int, dim: int) -> str:
     }[method]
 
 
-class _bar:
-    """A progress bar over the share of the work done, or nothing."""
+class _ProgressBar:
+    """Context manager for a progress bar. It gives a function that takes the share of the work done, from 0 to 1.
+
+    Args:
+        shown: Whether to show the bar. Otherwise the function does nothing.
+        name: The method, for the label.
+    """
 
     def __init__(self, shown: bool, name: str):
         self.shown, self.name = shown, name

@@ -1,28 +1,48 @@
-"""How near classes stand to each other."""
-import math
+"""Cosines of points with all others, in blocks, and the margins between classes."""
+from collections.abc import Iterator
 
 import torch
 
-__all__ = ['margins']
+from .energy import block_rows
 
-_BLOCK = 2 ** 24  # scores at a time: 64 MB
+__all__ = ['cosine_blocks', 'margins']
+
+
+def cosine_blocks(
+        points: torch.Tensor,
+        rows: torch.Tensor | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the cosines of points with all points, in blocks of rows that fit in memory (see `block_rows`).
+
+    The cosine of a point with itself is replaced by -inf. The consumer may change a block in place.
+
+    Args:
+        points: (K, d) unit rows, any floating-point dtype, on any device.
+        rows: (N,) int64 indices of the rows to compare with all points, on the device of `points`. Default: all rows.
+
+    Yields:
+        The indices (n,) int64 of the rows in the block, and their cosines (n, K), of the dtype of `points`.
+    """
+    if rows is None:
+        rows = torch.arange(len(points), device=points.device)
+    for block in block_rows(len(rows), len(points)):
+        indices = rows[block]
+        cosines = points[indices] @ points.T
+        cosines[torch.arange(len(indices), device=points.device), indices] = -torch.inf
+        yield indices, cosines
 
 
 def margins(class_prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each class's angle to the nearest other class's prototype (C,), float32, in degrees, and that class (C,).
+    """Compute the angle between each class's prototype and the nearest prototype of another class.
 
-    An embedding is classified rightly as long as it is within half that angle of its prototype.
+    An embedding is classified correctly if it is within half that angle of its class's prototype.
 
     Args:
-        class_prototypes: (C, d) unit rows, at least two.
+        class_prototypes: (C, d) unit rows, C >= 2, any floating-point dtype.
+
+    Returns:
+        The angles (C,) in degrees, of the dtype of `class_prototypes`, and the nearest classes (C,) int64.
     """
-    rows = max(1, _BLOCK // len(class_prototypes))
-    cosines, nearest = [], []
-    for begin in range(0, len(class_prototypes), rows):
-        block = class_prototypes[begin:begin + rows] @ class_prototypes.t()
-        index = torch.arange(len(block))
-        block[index, begin + index] = -math.inf
-        best = block.max(dim=1)
-        cosines.append(best.values)
-        nearest.append(best.indices)
-    return torch.rad2deg(torch.cat(cosines).clamp(-1, 1).acos()), torch.cat(nearest)
+    best = [cosines.max(dim=1) for _, cosines in cosine_blocks(class_prototypes)]
+    cosines, nearest = torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
+    return torch.rad2deg(cosines.clamp(-1, 1).acos()), nearest

@@ -1,4 +1,4 @@
-"""Prototype sets by descent, for either objective: the paper's uniformity, or the smallest maximal cosine."""
+"""Prototype sets by optimisation, for either objective: the paper's uniformity or the smallest maximal cosine."""
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -9,54 +9,76 @@ from .bounds import max_cosine_lower_bound
 from .closed_form import random_frame
 from .energy import UNIFORMITY, pair_energy
 
-__all__ = ['OBJECTIVES', 'affordable_evaluations', 'cross_polytopes', 'optimise', 'sgd_recipe']
+__all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'affordable_evaluations', 'cross_polytopes', 'optimise', 'sgd_recipe']
 
 OBJECTIVES = ('uniform', 'separated')
 
-# Multiply-adds that an optimisation may spend with effort 1, half a minute or less on one core; what the exponential
-# of one cosine counts as, and what calling an evaluation does.
-_WORK = 2 * 10 ** 11
-_EXPONENTIAL = 30
-_CALL = 3 * 10 ** 5
-# An evaluation on a GPU costs less by about this factor.
-_GPU = 100
-# Too few to get anywhere from random points.
-_FEW_EVALUATIONS = 100
-# Schedules of inverse temperatures for 'separated', and iterations at each: one for every start, one for the best few.
-_COARSE, _COARSE_ITERATIONS = np.geomspace(8, 1e3, 12), 100
-_FINE, _FINE_ITERATIONS = np.geomspace(8, 1e7, 56), 400
-_REFINED = 5
-_MOST_STARTS = 300
-# A coarse fall that ends so close to the proven bound will reach it.
+# The fewest evaluations of the objective that bring random points near a minimum.
+MIN_EVALUATIONS = 100
+# The work budget for effort 1, in multiply-adds: half a minute or less on one core.
+_WORK_BUDGET = 2 * 10 ** 11
+# The cost of the exponential of one cosine, and the fixed cost of an evaluation, in multiply-adds.
+_EXPONENTIAL_COST = 30
+_EVALUATION_OVERHEAD = 3 * 10 ** 5
+# An evaluation on a GPU is faster by about this factor.
+_GPU_SPEEDUP = 100
+# Annealing schedules for 'separated': the inverse temperatures, and the iterations at each. The coarse schedule is used
+# for every start, the fine one for the best few.
+_COARSE_BETAS, _COARSE_ITERATIONS = np.geomspace(8, 1e3, 12), 100
+_FINE_BETAS, _FINE_ITERATIONS = np.geomspace(8, 1e7, 56), 400
+_REFINED_SETS = 5
+_MAX_STARTS = 300
+# A set this close to the proven bound after the coarse schedule reaches it after the fine one.
 _NEAR_BOUND = 2e-3
 _ROUNDING = 1e-9
-_HIGHEST_ORDER = 60
+_MAX_SYMMETRY_ORDER = 60
 
 
 def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, device: torch.device | str = 'cpu') -> int:
-    """Return how often the objective may be evaluated: it counts as 2 K^2 (d + 30) + 3e5 multiply-adds, of which 2e11
-    may be spent (a hundred times as many on a GPU), times `effort`."""
-    work = effort * _WORK * (_GPU if torch.device(device).type == 'cuda' else 1)
-    return int(work // _evaluation(num_points, dim))
+    """Return how many evaluations of the objective the work budget allows.
+
+    An evaluation counts as 2 K^2 (d + 30) + 3e5 multiply-adds. The budget is 2e11 of them, and 100 times as many on a
+    GPU, times `effort`.
+
+    Args:
+        num_points: K, the number of points.
+        dim: d, the dimension of the space.
+        effort: Factor on the budget.
+        device: The device of the evaluations.
+
+    Returns:
+        The number of evaluations, possibly 0.
+    """
+    work = effort * _WORK_BUDGET * (_GPU_SPEEDUP if torch.device(device).type == 'cuda' else 1)
+    return int(work // _evaluation_work(num_points, dim))
 
 
-def _evaluation(num_points: int, dim: int) -> int:
-    return 2 * num_points * num_points * (dim + _EXPONENTIAL) + _CALL
+def _evaluation_work(num_points: int, dim: int) -> int:
+    return 2 * num_points * num_points * (dim + _EXPONENTIAL_COST) + _EVALUATION_OVERHEAD
 
 
 def cross_polytopes(num_points: int, dim: int, seed: int, dtype: type = np.float32) -> np.ndarray:
-    """Return K unit rows from randomly rotated cross-polytopes: orthogonal bases, each with its negative.
+    """Return points of randomly rotated cross-polytopes: orthonormal bases, each with its negative.
 
-    Their mean is zero where K is even. Nothing is optimised: each basis takes O(d^3).
+    The mean of the points is zero for even K. Nothing is optimised; each basis takes O(d^3) operations.
+
+    Args:
+        num_points: K, the number of points.
+        dim: d, the dimension of the space.
+        seed: Seed of the bases and of the order.
+        dtype: The dtype of the points.
+
+    Returns:
+        (K, d) unit rows of `dtype`, in random order.
     """
     generator = np.random.default_rng(seed)
     points = np.empty((num_points, dim), dtype)
-    # In random order: the first assignment, class c to point c, says nothing about the classes.
-    place = generator.permutation(num_points)
+    # In random order: the initial assignment gives class c prototype c, and it should favour no pairs of classes.
+    order = generator.permutation(num_points)
     for first in range(0, num_points, 2 * dim):
-        wanted = min(2 * dim, num_points - first)
-        basis = random_frame(min(dim, (wanted + 1) // 2), dim, generator)
-        points[place[first:first + wanted]] = np.concatenate([basis, -basis])[:wanted]
+        count = min(2 * dim, num_points - first)
+        basis = random_frame(min(dim, (count + 1) // 2), dim, generator)
+        points[order[first:first + count]] = np.concatenate([basis, -basis])[:count]
     return points
 
 
@@ -71,35 +93,39 @@ def optimise(
         device: torch.device | str = 'cpu',
         report: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
-    """Return unit rows (K, d), float64, at a local minimum of the objective: the best of several.
+    """Minimise an objective from several starts and return the best local minimum.
 
-    'uniform': L-BFGS on the paper's energy, from random points; up to K = 2 d from cross-polytopes, whose cosines are
-    the best possible there already (Rankin 1955).
+    'uniform': L-BFGS on the paper's energy, from random points. Up to K = 2 d it starts from cross-polytopes, which
+    have the smallest possible maximal cosine there (Rankin 1955).
 
-    'separated': L-BFGS on the log-sum-exp of the cosines, whose temperature falls until it is the largest cosine. Many
-    starts fall fast and the best few again, slowly. Two thirds of the random starts have a random cyclic symmetry,
-    which their first fall keeps: good codes often have one, random points seldom find it, and it costs less.
+    'separated': L-BFGS on the log-sum-exp of the cosines, annealed until it equals the largest cosine. Many starts are
+    annealed fast, and the best few again, slowly. Two thirds of the random starts have a random cyclic symmetry, which
+    the first annealing preserves: good codes are often symmetric, random points rarely become so, and evaluations of a
+    symmetric set are cheaper.
 
-    The points descend unnormalised, p = x / |x|; in float64 on the CPU and in float32 on a GPU.
+    The optimised variable is unnormalised, p = x / |x|, in float64 on the CPU and in float32 on a GPU.
 
     Args:
         num_points: K, at least 2.
         dim: d, at least 2.
         objective: 'uniform' or 'separated'.
-        seed: Of the starts.
-        starts: (K, d) unit rows each, to begin with beside the random ones.
-        effort: Factor on the work that may be spent (see `affordable_evaluations`). At least 100 evaluations are done.
-        device: Where the cosines are computed.
-        report: Is called with the work done so far, as a share from 0 to 1.
+        seed: Seed of the random starts.
+        starts: Additional starts, (K, d) unit rows each.
+        effort: Factor on the work budget (see `affordable_evaluations`). At least `MIN_EVALUATIONS` are done.
+        device: The device of the evaluations.
+        report: Called with the share of the work done so far, from 0 to 1.
+
+    Returns:
+        (K, d) float64 unit rows.
     """
     generator = np.random.default_rng(seed)
-    evaluations = max(_FEW_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
-    budget = _Budget(evaluations, _CALL / _evaluation(num_points, dim), report)
+    evaluations = max(MIN_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
+    budget = _Budget(evaluations, _EVALUATION_OVERHEAD / _evaluation_work(num_points, dim), report)
     descend = _Descent(device, budget)
     if objective == 'uniform':
         starts = list(starts)
         if num_points <= 2 * dim:
-            # Off the exact cross-polytopes, which are a stationary point at some sizes.
+            # Perturbed, because exact cross-polytopes are a stationary point at some sizes.
             start = cross_polytopes(num_points, dim, seed, np.float64)
             starts.append(start + 0.1 / np.sqrt(dim) * generator.standard_normal(start.shape))
         elif not starts:
@@ -108,41 +134,42 @@ def optimise(
         report(1.0)
         return min(found, key=lambda points: descend.energy(points, UNIFORMITY))
 
-    def fall(start: _Orbits, betas: np.ndarray, iterations: int) -> np.ndarray:
+    def anneal(start: _Orbits, betas: np.ndarray, iterations: int) -> np.ndarray:
         for beta in (UNIFORMITY, *betas):
             start = descend(start, beta, iterations)
         return start.points()
 
     starts = [_Orbits(start) for start in starts]
-    iterations = int(np.clip(budget.left // 3 // len(_COARSE), 2, _COARSE_ITERATIONS))
+    iterations = int(np.clip(budget.left // 3 // len(_COARSE_BETAS), 2, _COARSE_ITERATIONS))
     found: list[np.ndarray] = []
     bound = max_cosine_lower_bound(num_points, dim)
-    # A third of the work for the coarse falls, of which one at least from each start that was given.
-    while len(found) < len(starts) or (budget.left > budget.all * 2 / 3 and len(found) < _MOST_STARTS) or not found:
+    # A third of the budget is for the coarse schedule, which runs at least once from each given start.
+    while len(found) < len(starts) or (budget.left > budget.total * 2 / 3 and len(found) < _MAX_STARTS) or not found:
         start = starts[len(found)] if len(found) < len(starts) else _random_start(
             num_points, dim, generator, symmetric=len(found) % 3 > 0)
-        found.append(fall(start, _COARSE, iterations))
+        found.append(anneal(start, _COARSE_BETAS, iterations))
         if descend.max_cosine(found[-1]) < bound + _NEAR_BOUND:
             break
     found.sort(key=descend.max_cosine)
-    # A start that was given may be better than anything near it at a higher temperature.
+    # A given start may be better than every set that annealing from it finds.
     best = min([*(start.points() for start in starts), *found], key=descend.max_cosine)
-    iterations = int(np.clip(budget.left // 2 // len(_FINE), 2, _FINE_ITERATIONS))
-    for points in found[:max(2, int(_REFINED * effort))]:
+    iterations = int(np.clip(budget.left // 2 // len(_FINE_BETAS), 2, _FINE_ITERATIONS))
+    for points in found[:max(2, int(_REFINED_SETS * effort))]:
         if budget.left <= 0 or descend.max_cosine(best) < bound + _ROUNDING:
             break
-        best = min(best, fall(_Orbits(points), _FINE, iterations), key=descend.max_cosine)
+        best = min(best, anneal(_Orbits(points), _FINE_BETAS, iterations), key=descend.max_cosine)
     report(1.0)
     return best / np.linalg.norm(best, axis=1, keepdims=True)
 
 
 class _Orbits:
-    """A point set under a cyclic symmetry: one point of each orbit stands for it.
+    """A point set with a cyclic symmetry, given by one representative of each orbit.
 
     Args:
-        representatives: (n, d), a point of each orbit; those that the symmetry fixes come last.
-        powers: (m, d, d), the rotations R^0 .. R^(m-1) of the symmetry, which act on rows from the right.
-        fixed: How many of the representatives are fixed.
+        representatives: (n, d) float64, one point of each orbit. Points that the symmetry fixes come last.
+        powers: (m, d, d) float64, the rotations R^0 .. R^(m-1) of the symmetry, which act on rows from the right.
+            Default: no symmetry.
+        fixed: The number of fixed points.
     """
 
     def __init__(self, representatives: np.ndarray, powers: np.ndarray | None = None, fixed: int = 0):
@@ -157,7 +184,7 @@ class _Orbits:
         return self.expand(torch.from_numpy(self.representatives), None).numpy()
 
     def expand(self, representatives: torch.Tensor, powers: torch.Tensor | None) -> torch.Tensor:
-        """Return all points (K, d) for moved representatives."""
+        """Return all points (K, d) for other representatives (n, d), with `powers` as a tensor of their dtype."""
         if self.powers is None:
             return representatives
         if powers is None:
@@ -167,20 +194,20 @@ class _Orbits:
 
 
 def _random_start(num_points: int, dim: int, generator: np.random.Generator, symmetric: bool) -> _Orbits:
-    """Return random points, single ones or under a random rotation of a random order with at most one fixed point."""
-    orders = [order for order in range(2, min(num_points // 2, _HIGHEST_ORDER) + 1) if num_points % order <= 1]
+    """Return random points, if `symmetric` with a random rotation of random order and at most one fixed point."""
+    orders = [order for order in range(2, min(num_points // 2, _MAX_SYMMETRY_ORDER) + 1) if num_points % order <= 1]
     if not symmetric or not orders or dim < 4:
         return _Orbits(generator.standard_normal((num_points, dim)))
     order = int(generator.choice(orders))
     fixed = num_points % order
-    # Rotations by multiples of 2 pi / order in the coordinate planes; what is left of the axes is fixed.
+    # Rotations by multiples of 2 pi / order in coordinate planes. The remaining axes are fixed.
     angles = 2 * np.pi / order * generator.integers(0, order, (dim - fixed) // 2)
     powers = np.tile(np.eye(dim), (order, 1, 1))
     for plane, angle in enumerate(angles):
         first, second = 2 * plane, 2 * plane + 1
-        turns = angle * np.arange(order)
-        powers[:, first, first] = powers[:, second, second] = np.cos(turns)
-        powers[:, first, second], powers[:, second, first] = np.sin(turns), -np.sin(turns)
+        multiples = angle * np.arange(order)
+        powers[:, first, first] = powers[:, second, second] = np.cos(multiples)
+        powers[:, first, second], powers[:, second, first] = np.sin(multiples), -np.sin(multiples)
     representatives = generator.standard_normal((num_points // order + fixed, dim))
     if fixed:
         representatives[-1] = np.eye(dim)[-1]
@@ -188,21 +215,27 @@ def _random_start(num_points: int, dim: int, generator: np.random.Generator, sym
 
 
 class _Budget:
-    """Work that is left, in evaluations of the objective at all points."""
+    """The remaining work, in evaluations of the objective at all points.
 
-    def __init__(self, evaluations: int, calls: float, report: Callable[[float], None]):
-        self.all = self.left = float(evaluations)
-        self.calls = calls
+    Args:
+        evaluations: The total.
+        overhead: The share of an evaluation that does not depend on the number of points.
+        report: Called with the share of the work done so far.
+    """
+
+    def __init__(self, evaluations: int, overhead: float, report: Callable[[float], None]):
+        self.total = self.left = float(evaluations)
+        self.overhead = overhead
         self.report = report
 
     def spend(self, share: float) -> None:
-        """Count an evaluation at a share of the points; the part that does not depend on them counts whole."""
-        self.left -= self.calls + (1.0 - self.calls) * share
-        self.report(min(1.0, 1.0 - self.left / self.all))
+        """Count an evaluation at a share of the points. Its overhead counts in full."""
+        self.left -= self.overhead + (1.0 - self.overhead) * share
+        self.report(min(1.0, 1.0 - self.left / self.total))
 
 
 class _Descent:
-    """L-BFGS on `pair_energy` from given points, within a budget."""
+    """L-BFGS on `pair_energy` within a work budget."""
 
     def __init__(self, device: torch.device | str, budget: _Budget):
         self.device = torch.device(device)
@@ -216,12 +249,12 @@ class _Descent:
         return pair_energy(torch.nn.functional.normalize(self._tensor(points)), beta)[0]
 
     def max_cosine(self, points: np.ndarray) -> float:
-        # At this temperature the log-sum-exp is the maximum to rounding.
+        # At this inverse temperature the log-sum-exp equals the maximum up to rounding.
         beta, pairs = 1e12, len(points) * (len(points) - 1) / 2
         return 1.0 + (self.energy(points, beta) + np.log(pairs)) / beta
 
     def __call__(self, start: _Orbits, beta: float, iterations: int) -> _Orbits:
-        """Return the orbits of unit rows, float64, after at most so many iterations."""
+        """Minimise the energy at an inverse temperature from the given orbits; return orbits of float64 unit rows."""
         shape = start.representatives.shape
         symmetric = start.powers is not None
         powers = self._tensor(start.powers) if symmetric else None
@@ -234,8 +267,8 @@ class _Descent:
             points = start.expand(unit, powers)
             self.budget.spend(len(unit) / len(points))
             energy, gradient = pair_energy(points, beta, sizes)
-            # Only the part along the sphere moves p; |x| stretches it by 1 / |x|. Divided by beta the energy is in
-            # units of cosines, whatever the temperature.
+            # The gradient with respect to x is the component tangent to the sphere, divided by |x|. Divided by beta,
+            # the energy is in units of cosines at every temperature.
             gradient -= (gradient * unit).sum(dim=1, keepdim=True) * unit
             gradient /= lengths * beta
             return energy / beta, gradient.double().cpu().numpy().ravel()
@@ -258,11 +291,21 @@ def sgd_recipe(
         epochs: int = 1000,
         report: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
-    """Return unit rows (K, d), float32, by the authors' recipe, for comparison.
+    """Make points by the recipe of the paper's authors, for comparison.
 
-    Points uniform in the cube, each divided by its length; then plain SGD with learning rate 0.1 on the uniformity
-    objective (DL2PA, Eq. 4-5) of all points at once, one step an epoch, 1,000 epochs, in float32. The lengths are left
-    free, as the gradient is taken through the normalisation.
+    The starting points are uniform in the cube and normalised to unit length. Plain SGD with learning rate 0.1 then
+    minimises the uniformity (DL2PA, Eq. 4-5) of all points, with one step per epoch, in float32. The gradient is taken
+    through the normalisation, so the lengths of the points are free.
+
+    Args:
+        num_points: K, at least 2.
+        dim: d, at least 2.
+        seed: Seed of the starting points.
+        epochs: The number of steps.
+        report: Called with the share of the work done so far.
+
+    Returns:
+        (K, d) float32 unit rows.
     """
     x = torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (num_points, dim))).float()
     x /= x.norm(dim=1, keepdim=True)

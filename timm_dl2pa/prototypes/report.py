@@ -1,4 +1,4 @@
-"""What the command `timm-dl2pa prototypes` does: make a set, measure it, write it, draw it."""
+"""The command `timm-dl2pa prototypes`: makes a prototype set, measures it, writes it and plots it."""
 from collections.abc import Iterator
 
 from .files import save_prototypes
@@ -9,7 +9,7 @@ from .quality import PrototypeQuality, prototype_quality
 
 __all__ = ['report_prototypes']
 
-_RECIPE_EPOCHS = 1000
+_SGD_RECIPE_EPOCHS = 1000
 
 
 def report_prototypes(
@@ -24,17 +24,33 @@ def report_prototypes(
         plot: str | None,
         recipe: bool,
 ) -> Iterator[str]:
-    """Yield the lines of the report; the arguments are those of `make_prototypes`, and where its points go.
+    """Make a prototype set and yield the lines of a report on it.
+
+    Args:
+        num_prototypes: See `make_prototypes`, as `dim`, `objective`, `method`, `seed`, `effort` and `device`.
+        dim: d, the dimension of the space.
+        objective: 'uniform' or 'separated'.
+        method: The method that makes the points.
+        seed: Seed of the points.
+        effort: Factor on the work of 'optimise'.
+        device: The device of 'optimise'.
+        out: The safetensors file to write the points to, if any.
+        plot: The image file to write a plot to, if any. Needs matplotlib.
+        recipe: Whether to compare with the authors' recipe.
+
+    Yields:
+        One line of text at a time.
 
     Raises:
-        ValueError: As `make_prototypes`.
+        ValueError: See `make_prototypes`.
         OSError: A file cannot be written.
+        ModuleNotFoundError: matplotlib is not installed, and a plot was requested.
     """
     points, info = make_prototypes(num_prototypes, dim, objective=objective, method=method, seed=seed, effort=effort,
                                    device=device, return_info=True, progress=True)
     yield f'{num_prototypes} prototypes in {dim} dimensions, objective {objective}: {info.method}'
     yield f'  {info.description}'
-    yield f'  {info.seconds:.1f} s' + (' when they were made; now from the cache' if info.cached else '')
+    yield f'  {info.seconds:.1f} s' + (' when they were made; read from the cache now' if info.cached else '')
     for name, value in info.tried.items():
         yield f'  tried {name}: {"energy" if objective == "uniform" else "max cosine"} {value:.6f}'
     if num_prototypes > 1:
@@ -45,16 +61,16 @@ def report_prototypes(
         if info.theorem is not None:
             yield f'{"  by theorem at most":24}{info.theorem:12.6f}'
         yield f'{"proven bound, at least":24}{quality.bound:12.6f}'
-        # The recipe is as much work as a thousand evaluations of the objective.
+        # The recipe takes as much work as 1,000 evaluations of the objective.
         if not recipe or dim < 2:
             pass
-        elif affordable_evaluations(num_prototypes, dim) < _RECIPE_EPOCHS / 4:
+        elif affordable_evaluations(num_prototypes, dim) < _SGD_RECIPE_EPOCHS / 4:
             yield "the authors' recipe: not run, it would take minutes (--method sgd runs it)"
         else:
-            theirs = make_prototypes(num_prototypes, dim, method='sgd', seed=seed, progress=True)
-            yield _line("the authors' recipe", prototype_quality(theirs))
+            reference = make_prototypes(num_prototypes, dim, method='sgd', seed=seed, progress=True)
+            yield _line("the authors' recipe", prototype_quality(reference))
         if quality.sampled:
-            yield f'(from {quality.sampled_rows} of the points against all: the largest cosine may be larger)'
+            yield f'(a sample of {quality.sampled_rows} points against all: the maximal cosine may be larger)'
         if plot:
             draw_prototypes(plot, points, quality)
             yield f'picture: {plot}'
@@ -65,5 +81,6 @@ def report_prototypes(
 
 
 def _line(name: str, quality: PrototypeQuality) -> str:
+    """Return a row of the table of measurements."""
     return (f'{name:24}{quality.max_cosine:12.6f}{quality.mean_nearest_cosine:14.6f}{quality.energy:12.5f}'
             f'{quality.mean_norm:10.1e}')

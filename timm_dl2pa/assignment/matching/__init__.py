@@ -1,4 +1,4 @@
-"""The maximum assignment of a large, dense problem by way of small, sparse ones, with a proof."""
+"""Solve a large, dense assignment problem through small, sparse ones, with a proof of optimality."""
 from .generation import Matching, best_matching
 from .sources import Products, Scores, Table
 

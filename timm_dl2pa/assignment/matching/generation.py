@@ -1,7 +1,7 @@
-"""Column generation: solve the problem of a few pairs, look for pairs that break its prices, and add those."""
+"""Column generation: solve the problem of a few pairs, find the pairs that violate its prices, and add them."""
 import time
 from dataclasses import dataclass
-from itertools import count as numbers
+from itertools import count as counter
 
 import numpy as np
 
@@ -11,26 +11,27 @@ from .sweep import sweep
 
 __all__ = ['Matching', 'best_matching']
 
-# With no more pairs than this, the candidates are all of them.
-_SMALL = 2 ** 14
-# Pairs that a pass adds for a class; twice as many in each round after some, lest ties take many rounds.
-_WIDTH = 16
-_PATIENCE = 4
-# Most candidates, 3 GB: beyond them the answer has a gap.
-_MOST_PAIRS = 2 ** 27
-# What a class may lack of its best, in the scores' unit: rounding.
+# Problems of at most this many pairs are solved densely: all pairs are candidates.
+_MAX_DENSE_PAIRS = 2 ** 14
+# The pairs that a pass adds for each class. After some rounds the number doubles every round, because ties would
+# otherwise take many rounds.
+_PAIRS_PER_CLASS = 16
+_ROUNDS_BEFORE_DOUBLING = 4
+# The most candidates, 3 GB. If they do not suffice, the result has a gap.
+_MAX_CANDIDATES = 2 ** 27
+# The rounding error of a class's profit, in the scores' unit.
 _TOLERANCE = 1e-13
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What `best_matching` found, in multiples of the scores' unit.
+    """The result of `best_matching`, in multiples of the scores' unit.
 
     Attributes:
-        assignment: (C,) int64.
-        prices: (K,) float64, at which `bound` holds.
-        bound: No assignment has a larger sum of scores.
-        exact: Whether the bound proves the assignment optimal, to rounding.
+        assignment: (C,) int64, the prototype of each class.
+        prices: (K,) float64, the dual prices that prove `bound`.
+        bound: An upper bound on the sum of scores of every assignment.
+        exact: Whether the bound proves the assignment optimal, up to rounding.
     """
     assignment: np.ndarray
     prices: np.ndarray
@@ -46,65 +47,74 @@ def best_matching(
 ) -> Matching:
     """Maximise the sum of scores over the injections of classes into prototypes.
 
-    By linear programming duality (Kuhn 1955), whatever the prices v (K,),
+    By linear programming duality (Kuhn 1955), for all prices v (K,)
 
         sum_c s_c,a(c)  <=  sum_c max_k (s_ck - v_k) + the sum of the C largest v_k,
 
-    with equality only for an optimal assignment and prices that prove it. A pass over all pairs computes the right
-    hand side. Where it is larger than the left one, the pairs that the pass found most profitable join the candidates,
-    the exact optimum among those is found, prices with which it is optimal there are the next pass's, and so on: the
-    column generation of linear programming (Dantzig and Wolfe 1960). An assignment that is optimal at the first prices
-    takes a single pass.
+    with equality only for an optimal assignment and prices that prove it. A pass over all pairs computes the right-hand
+    side. If it exceeds the left-hand side, the most profitable pairs that the pass found become candidates. The exact
+    optimum among the candidates, and prices at which it is optimal there, are the input of the next pass. This is the
+    column generation of linear programming (Dantzig and Wolfe 1960). If the start is optimal at the first prices, a
+    single pass suffices.
 
     Args:
         scores: (C, K), C <= K.
-        start: (C,) int64, the assignment in force. The answer is no worse.
-        prices: (K,) to begin with, those of an earlier answer. Default: each prototype's mean score.
-        deadline: By `time.monotonic()`. A pass over the pairs stops when four fifths of what is left of the time are
-            over, and the optimum among the candidates so far is the answer. That last solution is not cut short.
+        start: (C,) int64, the current assignment. The result is no worse.
+        prices: (K,) float64, initial prices, from an earlier result. Default: derived from the mean score of each
+            prototype.
+        deadline: The time limit, as a value of `time.monotonic()`. A pass stops after four fifths of the remaining
+            time, and the result is the optimum among the candidates so far. That last solution may exceed the limit.
+
+    Returns:
+        The assignment, and the prices and the bound that prove its quality.
     """
     count, width = scores.shape
-    everyone = np.arange(count)
+    classes = np.arange(count)
     candidates = Candidates(scores, start)
     assignment = start
-    # Earlier prices say that classes compete: then those that have their best may have to move too.
-    contested = prices is not None and bool(prices.any())
-    prices = _first_prices(scores) if prices is None else prices
+    # Prices of an earlier result mean that classes compete for prototypes. Then also classes that have their most
+    # profitable prototype may have to move, so that one pass reports pairs of all classes.
+    competing = prices is not None and bool(prices.any())
+    prices = _initial_prices(scores) if prices is None else prices
     best_bound, best_prices = float('inf'), prices
-    listed = False
-    for turn in numbers():
-        own = scores.pairs(everyone, assignment)
+    all_reported = False
+    for turn in counter():
+        own = scores.pairs(classes, assignment)
         found = sweep(scores, prices, assignment, own - prices[assignment], tolerance=_TOLERANCE,
-                      width=_WIDTH << max(0, turn - _PATIENCE), everyone=contested and not listed,
+                      width=_PAIRS_PER_CLASS << max(0, turn - _ROUNDS_BEFORE_DOUBLING),
+                      report_all=competing and not all_reported,
                       deadline=0.2 * time.monotonic() + 0.8 * deadline)
-        listed |= contested
-        contested = True
+        all_reported |= competing
+        competing = True
         bound = float(found.best.sum() + np.partition(prices, width - count)[width - count:].sum())
         if bound < best_bound:
             best_bound, best_prices = bound, prices
         if best_bound - own.sum() <= count * _TOLERANCE:
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), True)
-        small = count * width <= _SMALL
-        new = candidates.add_all() if small else candidates.add(found.rows, found.columns)
-        if new:
+        is_dense = count * width <= _MAX_DENSE_PAIRS
+        num_new = candidates.add_all() if is_dense else candidates.add(found.rows, found.columns)
+        if num_new:
             assignment = _better(scores, candidates.match(prices), assignment)
-            own = scores.pairs(everyone, assignment)
+            own = scores.pairs(classes, assignment)
         exact = best_bound - own.sum() <= count * _TOLERANCE
-        late = not found.complete or time.monotonic() > deadline or len(candidates) > _MOST_PAIRS
-        if exact or late or (not new and turn):
+        out_of_budget = not found.complete or time.monotonic() > deadline or len(candidates) > _MAX_CANDIDATES
+        if exact or out_of_budget or (not num_new and turn):
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), bool(exact))
         prices = candidates.prices(assignment, prices)
 
 
-def _first_prices(scores: Scores) -> np.ndarray:
-    """Return what all classes alike would give for a prototype: the embeddings of a young network lie in a cone."""
+def _initial_prices(scores: Scores) -> np.ndarray:
+    """Return prices (K,) from the mean score of each prototype.
+
+    Early in training the embeddings of all classes lie in a narrow cone, and their scores differ little from the mean.
+    """
     count, width = scores.shape
     average = scores.average()
     return np.maximum(average - np.partition(average, width - count)[width - count], 0.0)
 
 
-def _better(scores: Scores, assignment: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the assignment with the larger sum; of equal ones, the other."""
-    everyone = np.arange(len(other))
-    gain = scores.pairs(everyone, assignment) - scores.pairs(everyone, other)
-    return assignment if gain.sum() > 0 else other
+def _better(scores: Scores, new: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """Return the assignment (C,) with the larger sum of scores; if they are equal, the current one."""
+    classes = np.arange(len(current))
+    gain = scores.pairs(classes, new) - scores.pairs(classes, current)
+    return new if gain.sum() > 0 else current

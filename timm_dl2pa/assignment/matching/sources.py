@@ -1,4 +1,4 @@
-"""Where scores come from: inner products that are made when they are needed, or a table that is there."""
+"""Sources of scores: inner products that are computed when they are needed, or a given matrix."""
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -6,32 +6,32 @@ import torch
 
 __all__ = ['Products', 'Scores', 'Table', 'unit_of']
 
-# Scores of one block: some megabytes, but enough rows for a matrix product to be fast.
-_BLOCK = 2 ** 22
-_LEAST_ROWS = 128
-# Pairs whose float64 products are made at a time.
-_PAIRS = 2 ** 11
+# The scores in one block: some megabytes, but at least so many rows that the matrix product is efficient.
+_BLOCK_SCORES = 2 ** 22
+_MIN_BLOCK_ROWS = 128
+# The pairs whose float64 products are computed at a time.
+_PAIRS_AT_A_TIME = 2 ** 11
 
 
 def unit_of(largest: float) -> float:
-    """Return a power of two near a magnitude: dividing by it is exact, and keeps float32 in its range."""
+    """Return a power of two near a magnitude. Division by it is exact, and keeps the scores in the range of float32."""
     return float(2.0 ** np.clip(np.frexp(largest)[1], -1073, 1000)) if largest else 1.0
 
 
-def _lost_digits(device: torch.device) -> float:
-    """Return the relative error of a factor in float32 products as PyTorch is set: on TensorFloat-32, on bfloat16."""
+def _reduced_precision_error(device: torch.device) -> float:
+    """Return the relative error of a factor in float32 products if PyTorch is set to TensorFloat-32 or bfloat16."""
     backend = torch.backends.cuda if device.type == 'cuda' else torch.backends.mkldnn
     setting = getattr(getattr(backend, 'matmul', None), 'fp32_precision', None) or torch.get_float32_matmul_precision()
     return {'tf32': 2.0 ** -10, 'high': 2.0 ** -10, 'bf16': 2.0 ** -8, 'medium': 2.0 ** -8}.get(setting, 0.0)
 
 
 class Scores(ABC):
-    """Scores (C, K) of classes and prototypes, read in blocks of rows or pair by pair, in multiples of `unit`.
+    """Scores (C, K) of classes and prototypes, in multiples of `unit`, read in blocks of rows or by pairs.
 
     Attributes:
         shape: (C, K).
-        unit: What the scores are multiples of: a power of two.
-        ceiling: (C,) bounds on the magnitude of each row's scores that cost nothing.
+        unit: The unit of the scores, a power of two.
+        ceiling: (C,) float64, an upper bound on the magnitude of the scores in each row, known without computing them.
     """
     shape: tuple[int, int]
     unit: float
@@ -39,48 +39,71 @@ class Scores(ABC):
 
     @abstractmethod
     def pairs(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return the scores of the pairs (N,), float64: those that decide."""
+        """Return the scores of pairs in float64. All decisions depend on these.
+
+        Args:
+            rows: (N,) classes.
+            columns: (N,) prototypes.
+
+        Returns:
+            (N,) float64.
+        """
 
     @abstractmethod
     def profits(self, rows: slice, prices: np.ndarray) -> torch.Tensor:
-        """Return a new block (N, K) of scores minus prices, in the precision that is fast."""
+        """Return a new block of scores minus prices, in the fastest precision.
+
+        Args:
+            rows: A block of N rows.
+            prices: (K,) float64.
+
+        Returns:
+            (N, K), of any floating-point dtype, on any device.
+        """
 
     @abstractmethod
     def exact(self, rows: np.ndarray) -> np.ndarray:
-        """Return whole rows (N, K), float64."""
+        """Return whole rows of scores in float64.
+
+        Args:
+            rows: (N,) classes.
+
+        Returns:
+            (N, K) float64.
+        """
 
     @abstractmethod
     def error(self, prices: np.ndarray) -> np.ndarray:
-        """Return bounds (C,) on how far the entries of `profits` are from the exact ones."""
+        """Return bounds (C,) float64 on the rounding errors of the entries of `profits`, for prices (K,)."""
 
     @abstractmethod
     def average(self) -> np.ndarray:
-        """Return the mean score (K,) of each prototype, over the classes."""
+        """Return the mean score (K,) float64 of each prototype, over the classes."""
 
     @abstractmethod
     def indifferent(self) -> np.ndarray:
-        """Return which classes (C,) are known to have the same score with every prototype."""
+        """Return a mask (C,) of the classes that are known to have the same score with every prototype."""
 
     @abstractmethod
     def part(self, rows: np.ndarray, columns: np.ndarray) -> 'Scores':
-        """Return the scores of some classes and some prototypes."""
+        """Return the scores of a subset of the classes and a subset of the prototypes, given by their indices."""
 
     def blocks(self) -> list[slice]:
-        """Return slices of the rows whose blocks have a few megabytes."""
+        """Split the rows into blocks of a few megabytes, in order."""
         count, width = self.shape
-        step = max(_LEAST_ROWS, _BLOCK // width)
+        step = max(_MIN_BLOCK_ROWS, _BLOCK_SCORES // width)
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class Products(Scores):
-    """Inner products of class means (C, d) and prototypes (K, d), never all at once.
+    """Inner products of class means and prototypes, never computed all at once.
 
-    Blocks are float32 products on `device`, single pairs float64 ones on the CPU.
+    Blocks are computed in float32 on `device`, single pairs in float64 on the CPU.
 
     Args:
-        means: (C, d) float64.
+        means: (C, d) float64, the class means.
         prototypes: (K, d) float64.
-        device: Where the blocks are made.
+        device: The device of the blocks.
     """
 
     def __init__(self, means: np.ndarray, prototypes: np.ndarray, device: torch.device | str = 'cpu'):
@@ -97,9 +120,9 @@ class Products(Scores):
 
     def pairs(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         products = np.empty(len(rows))
-        for first in range(0, len(rows), _PAIRS):
-            some = slice(first, first + _PAIRS)
-            np.einsum('nd,nd->n', self.means[rows[some]], self.prototypes[columns[some]], out=products[some])
+        for first in range(0, len(rows), _PAIRS_AT_A_TIME):
+            part = slice(first, first + _PAIRS_AT_A_TIME)
+            np.einsum('nd,nd->n', self.means[rows[part]], self.prototypes[columns[part]], out=products[part])
         return products
 
     def profits(self, rows: slice, prices: np.ndarray) -> torch.Tensor:
@@ -114,10 +137,11 @@ class Products(Scores):
         return self.means[rows] @ self.prototypes.T
 
     def error(self, prices: np.ndarray) -> np.ndarray:
-        # Higham 2002, section 3.1: a sum of d products in float32 is off by no more than about d 2^-24 of the lengths'
-        # product. Factors of fewer digits add their own errors. The last term is for numbers that float32 takes for 0.
-        share = 1.01 * (self.means.shape[1] + 4) * 2.0 ** -24 + 3 * _lost_digits(self.device)
-        return share * self.ceiling + 2.0 ** -22 * np.abs(prices).max(initial=0.0) + 1e-36
+        # Higham 2002, section 3.1: the error of an inner product of d terms in float32 is at most about d 2^-24 times
+        # the product of the lengths. Factors of reduced precision add their own errors. The last term covers values
+        # that underflow in float32.
+        relative = 1.01 * (self.means.shape[1] + 4) * 2.0 ** -24 + 3 * _reduced_precision_error(self.device)
+        return relative * self.ceiling + 2.0 ** -22 * np.abs(prices).max(initial=0.0) + 1e-36
 
     def average(self) -> np.ndarray:
         return self.prototypes @ self.means.mean(axis=0)
@@ -134,10 +158,10 @@ class Products(Scores):
 
 
 class Table(Scores):
-    """A matrix of scores that is there, of any real dtype; each block is read in float64.
+    """A given matrix of scores. Each block is read in float64.
 
     Args:
-        table: (C, K).
+        table: (C, K), any real dtype, on any device.
     """
 
     def __init__(self, table: torch.Tensor):
@@ -150,11 +174,11 @@ class Table(Scores):
         largest = np.maximum(np.abs(lowest), np.abs(highest))
         self.unit = unit_of(float(largest.max(initial=0.0)))
         self.ceiling = largest / self.unit
-        self._same = lowest == highest
+        self._all_equal = lowest == highest
 
     def _read(self, rows: slice) -> torch.Tensor:
-        some = self.table[rows] if len(self._rows) == len(self.table) else self.table[self._rows[rows]]
-        return some.double() if len(self._columns) == self.table.shape[1] else some[:, self._columns].double()
+        part = self.table[rows] if len(self._rows) == len(self.table) else self.table[self._rows[rows]]
+        return part.double() if len(self._columns) == self.table.shape[1] else part[:, self._columns].double()
 
     def pairs(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return self.table[self._rows[rows], self._columns[columns]].double().cpu().numpy() / self.unit
@@ -173,12 +197,12 @@ class Table(Scores):
         return sums.cpu().numpy() / self.unit / self.shape[0]
 
     def indifferent(self) -> np.ndarray:
-        return self._same
+        return self._all_equal
 
     def part(self, rows: np.ndarray, columns: np.ndarray) -> 'Table':
         part = object.__new__(Table)
         part.table, part.unit = self.table, self.unit
         part._rows, part._columns = self._rows[rows], self._columns[columns]
         part.shape = len(rows), len(columns)
-        part.ceiling, part._same = self.ceiling[rows], self._same[rows]
+        part.ceiling, part._all_equal = self.ceiling[rows], self._all_equal[rows]
         return part

@@ -1,4 +1,4 @@
-"""scipy's sparse solver, here or in another process."""
+"""scipy's sparse assignment solver, in this process or in another one."""
 import io
 import subprocess
 import sys
@@ -10,9 +10,9 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 __all__ = ['solve_sparse']
 
-# From so many pairs on the solver may take a second.
-_MANY = 2 ** 17
-# It imports neither PyTorch nor this package, which would take longer than most problems.
+# Problems of fewer pairs take less than a second.
+_MIN_PROCESS_PAIRS = 2 ** 17
+# The program of the other process. It imports neither PyTorch nor this package, which takes longer than most problems.
 _PROGRAM = """
 import io, sys
 import numpy as np
@@ -25,26 +25,29 @@ sys.stdout.buffer.write(min_weight_full_bipartite_matching(pairs)[1].astype(np.i
 
 
 def solve_sparse(costs: np.ndarray, columns: np.ndarray, first: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the cheapest matching (C,) int64 of all rows by shortest augmenting paths (Jonker and Volgenant 1987).
+    """Find the matching of all rows with the smallest cost, by shortest augmenting paths (Jonker and Volgenant 1987).
 
-    scipy holds Python's lock all the time. So what is large and not called from the main thread, but beside something
-    that goes on there, is solved in a process of its own.
+    scipy's solver holds Python's global interpreter lock until it is done. In a background thread, a large problem is
+    therefore solved in a separate process, so that the main thread goes on.
 
     Args:
-        costs: (N,) positive float64, by rows.
-        columns: (N,).
-        first: (C + 1,) where each row begins.
-        shape: C and the number of columns.
+        costs: (N,) float64, the positive costs of the pairs, ordered by row.
+        columns: (N,) int64, the columns of the pairs.
+        first: (C + 1,) int64, the index of the first pair of each row, and N.
+        shape: The number of rows C and the number of columns.
+
+    Returns:
+        (C,) int64, the column of each row.
 
     Raises:
         RuntimeError: The other process failed.
     """
-    if len(costs) < _MANY or threading.current_thread() is threading.main_thread():
+    if len(costs) < _MIN_PROCESS_PAIRS or threading.current_thread() is threading.main_thread():
         return min_weight_full_bipartite_matching(csr_array((costs, columns, first), shape=shape))[1].astype(np.int64)
     problem = io.BytesIO()
     np.savez(problem, costs=costs, columns=columns, first=first, shape=shape)
     done = subprocess.run([sys.executable, '-c', _PROGRAM], input=problem.getvalue(), capture_output=True, check=False)
     if done.returncode:
-        raise RuntimeError(f'the solver beside the training ended with the status {done.returncode}: '
+        raise RuntimeError(f'the process of the background solver ended with the status {done.returncode}: '
                            f'{done.stderr.decode(errors="replace").strip()[-500:]}')
     return np.frombuffer(done.stdout, np.int64).copy()

@@ -1,4 +1,4 @@
-"""One pass over all pairs: what the best prototype would give each class at the prices, and which pairs break them."""
+"""One pass over all pairs: the best profit of each class at given prices, and the pairs that violate the prices."""
 import time
 from dataclasses import dataclass
 
@@ -12,12 +12,15 @@ __all__ = ['Sweep', 'sweep']
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a pass found.
+    """The result of a pass.
 
     Attributes:
-        best: (C,) `max_k (s_ck - v_k)`, float64; an upper bound on it for classes that the time did not suffice for.
-        rows, columns: (N,) the most profitable pairs of each class whose own is not the best; of all, if asked for.
-        complete: Whether the time sufficed.
+        best: (C,) float64, the best profit `max_k (s_ck - v_k)` of each class; an upper bound on it for the classes
+            that the pass did not reach.
+        rows: (N,) int64, the classes of the reported pairs: the most profitable pairs of each class that does not have
+            its best prototype, or of every class.
+        columns: (N,) int64, the prototypes of the reported pairs.
+        complete: Whether the pass reached all classes before the deadline.
     """
     best: np.ndarray
     rows: np.ndarray
@@ -33,23 +36,26 @@ def sweep(
         *,
         width: int,
         tolerance: float,
-        everyone: bool = False,
+        report_all: bool = False,
         deadline: float = float('inf'),
 ) -> Sweep:
-    """Compare each class's profit `s_ca - v_a` with the best that any prototype offers, `max_k (s_ck - v_k)`.
+    """Compare each class's profit `s_ca - v_a` with its best profit over all prototypes, `max_k (s_ck - v_k)`.
 
-    Blocks are made in the precision that is fast. Where another entry is within its error of the class's own, the
-    largest are computed again in float64: float64 alone decides.
+    Blocks are computed in the fastest precision. If the error of a block leaves open whether a class has its best
+    prototype, the largest entries are computed again in float64, so that all decisions are made in float64.
 
     Args:
         scores: (C, K).
-        prices: (K,) v.
-        assignment: (C,) a.
-        profits: (C,) `s_ca - v_a`.
-        width: Number of pairs to report of a class.
-        tolerance: A prototype that offers more by this only is not better.
-        everyone: Report pairs of every class.
-        deadline: By `time.monotonic()`; after it, what is left is bounded without looking.
+        prices: (K,) float64, v.
+        assignment: (C,) int64, a.
+        profits: (C,) float64, `s_ca - v_a`.
+        width: The number of pairs to report for each class.
+        tolerance: A prototype is better only if its profit is larger by more than this.
+        report_all: Whether to report pairs of every class.
+        deadline: The time limit, as a value of `time.monotonic()`. The classes that are left get an upper bound.
+
+    Returns:
+        The best profits and the reported pairs.
     """
     best = np.maximum(scores.ceiling - prices.min(), profits)
     error = scores.error(prices)
@@ -63,32 +69,32 @@ def sweep(
         own = torch.from_numpy(assignment[rows]).to(block.device)
         block[torch.arange(len(block), device=block.device), own] = -torch.inf
         best[rows] = profits[rows]
-        if everyone:
-            close = np.arange(len(block))
+        if report_all:
+            open_rows = np.arange(len(block))
         else:
-            close = np.flatnonzero(block.amax(dim=1).cpu().numpy() >= profits[rows] - error[rows])
-        if not len(close):
+            open_rows = np.flatnonzero(block.amax(dim=1).cpu().numpy() >= profits[rows] - error[rows])
+        if not len(open_rows):
             continue
-        if len(close) < len(block):
-            block = block[torch.from_numpy(close).to(block.device)]
+        if len(open_rows) < len(block):
+            block = block[torch.from_numpy(open_rows).to(block.device)]
         top, columns = (each.cpu().numpy() for each in block.topk(min(width, block.shape[1]), dim=1))
-        close += rows.start
-        # Those that may be the largest.
-        level = np.maximum(top[:, 0] - 2 * error[close], profits[close] - error[close])
-        near_row, near = np.nonzero(top >= level[:, None])
-        offers = np.full(top.shape, -np.inf)
-        pair_columns = columns[near_row, near]
-        offers[near_row, near] = scores.pairs(close[near_row], pair_columns) - prices[pair_columns]
-        # More of them than were listed: ties, among which the whole row decides.
-        many = np.flatnonzero((top[:, -1] >= level) & (top.shape[1] < block.shape[1]))
-        for some in np.array_split(many, max(1, len(many) // 64)):
-            exact = scores.exact(close[some]) - prices
-            columns[some, -1] = exact.argmax(axis=1)
-            offers[some, -1] = exact.max(axis=1)
-        offer = offers.max(axis=1)
-        best[close] = np.maximum(best[close], offer)
-        better = (offer > profits[close] + tolerance) | everyone
-        found_rows.append(np.repeat(close[better], top.shape[1]))
-        found_columns.append(columns[better].ravel())
+        open_rows += rows.start
+        # The entries above this threshold may be the largest of their row.
+        threshold = np.maximum(top[:, 0] - 2 * error[open_rows], profits[open_rows] - error[open_rows])
+        row_index, top_index = np.nonzero(top >= threshold[:, None])
+        exact_profits = np.full(top.shape, -np.inf)
+        pair_columns = columns[row_index, top_index]
+        exact_profits[row_index, top_index] = scores.pairs(open_rows[row_index], pair_columns) - prices[pair_columns]
+        # If there are more such entries than `top` has, the whole row is computed in float64.
+        tied = np.flatnonzero((top[:, -1] >= threshold) & (top.shape[1] < block.shape[1]))
+        for chunk in np.array_split(tied, max(1, len(tied) // 64)):
+            row_profits = scores.exact(open_rows[chunk]) - prices
+            columns[chunk, -1] = row_profits.argmax(axis=1)
+            exact_profits[chunk, -1] = row_profits.max(axis=1)
+        best_profits = exact_profits.max(axis=1)
+        best[open_rows] = np.maximum(best[open_rows], best_profits)
+        reported = (best_profits > profits[open_rows] + tolerance) | report_all
+        found_rows.append(np.repeat(open_rows[reported], top.shape[1]))
+        found_columns.append(columns[reported].ravel())
     return Sweep(best, np.concatenate([*found_rows, np.empty(0, np.int64)]),
                  np.concatenate([*found_columns, np.empty(0, np.int64)]), complete)
