@@ -136,7 +136,8 @@ def test_reset_classifier(name, classifiers):
 
 
 def test_reset_classifier_keeps_what_it_can():
-    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=5), 6, prototypes=make_prototypes(8, 6, seed=3))
+    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=5), 6, prototypes=make_prototypes(8, 6, seed=3),
+                       learn_scale=False)
     points, scale = model.fc.prototypes, model.fc.config.scale
     for bad in (1, -1):
         with pytest.raises(ValueError, match='num_classes must be at least 2'):
@@ -200,7 +201,7 @@ def test_convolutions_make_maps():
     model, _ = make('dla46_c')
     wrap_dl2pa(model, 3, neck='linear_bn', train_output='embeddings')
     seen = []
-    model.fc.observer = seen.append
+    model.fc.training_view.on_embeddings = seen.append
     maps = torch.rand(2, 256, 4, 3)
     embeddings = model.fc.train()(maps)
     assert embeddings.shape == (2, 3, 4, 3) and seen[0].shape == (24, 3)

@@ -100,7 +100,7 @@ def test_several_classifiers_are_measured_or_refused():
     # Each classifier was divided by the mean length of its embeddings.
     assert 0.5 < (folded.norm() / logits.norm()) < 2
     # An embedding that is much longer in one of the two classifiers does not drown the other.
-    nn.init.zeros_(model.head.neck.bias), model.head.neck.weight.data.mul_(1000)
+    nn.init.zeros_(model.head.neck[1].bias), model.head.neck[1].weight.data.mul_(1000)
     again = fold_dl2pa(model, images=x)
     with torch.no_grad():
         assert (again(x) - model(x)).norm() < 0.5 * model(x).norm()

@@ -94,7 +94,7 @@ def test_trains_a_step(wrapped):
         optimizer.zero_grad()
         update = scheduler.step(labels)
     assert update is not None and torch.isfinite(loss)
-    neck = heads_of(model)[0].neck.weight
+    neck = heads_of(model)[0].neck[0].weight
     changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before)]
     assert sum(changed) > 0.9 * len(changed) and neck.requires_grad
     assert len({tuple(head.assignment.tolist()) for head in heads_of(model)}) == 1
@@ -107,12 +107,12 @@ def small(**kwargs):
 def test_device_dtype_and_mode_are_the_models():
     model = wrap_dl2pa(small().to(torch.bfloat16).eval(), 8)
     head = model.get_classifier()
-    assert head.neck.weight.dtype == torch.bfloat16 and head.prototypes.dtype == torch.float32 and not head.training
+    assert head.neck[0].weight.dtype == torch.bfloat16 and head.prototypes.dtype == torch.float32 and not head.training
     assert model(torch.randn(2, 3, 64, 64).bfloat16()).dtype == torch.float32
     with torch.device('meta'):
         model = small()
     head = wrap_dl2pa(model, 8).get_classifier()
-    assert head.neck.weight.is_meta and head.prototypes.is_meta
+    assert head.neck[0].weight.is_meta and head.prototypes.is_meta
 
 
 def test_arguments_reach_the_head():
@@ -142,7 +142,7 @@ def test_models_without_classes_and_wrapped_ones_can_be_wrapped():
 
 def test_several_classifiers_get_heads_with_their_own_tensors():
     model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=CLASSES)
-    wrap_dl2pa(model, 8, prototypes=make_prototypes(CLASSES, 8, seed=9))
+    wrap_dl2pa(model, 8, learn_scale=False, prototypes=make_prototypes(CLASSES, 8, seed=9))
     main, distilled = model.get_classifier()
     assert torch.equal(main.prototypes, distilled.prototypes)
     for name, tensor in main.state_dict().items():
@@ -153,7 +153,7 @@ def test_several_classifiers_get_heads_with_their_own_tensors():
     # The average of logits is the logits of the average embedding, so that our losses fit it too.
     model.set_distilled_training(False)
     SquaredCosineLoss(main)(model(torch.randn(2, 3, 224, 224)), torch.tensor([0, 1])).backward()
-    assert main.neck.weight.grad is not None and distilled.neck.weight.grad is not None
+    assert main.neck[0].weight.grad is not None and distilled.neck[0].weight.grad is not None
 
 
 @pytest.mark.parametrize('make, arguments, message', [
@@ -191,7 +191,7 @@ def test_model_ema_carries_the_assignment_in_force():
     assert model.fc.assignment.tolist() != list(range(CLASSES))
     assert torch.equal(ema.module.fc.assignment, model.fc.assignment)
     assert torch.equal(ema.module.fc.prototypes, model.fc.prototypes)
-    assert ema.module.fc.observer is None
+    assert ema.module.fc.training_view.on_embeddings is None
 
 
 def test_compiled_whole_model_with_scheduler():

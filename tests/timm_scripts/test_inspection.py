@@ -33,11 +33,13 @@ def test_a_checkpoint_of_a_training(tmp_path, said):
     history = task.assignment_scheduler.history
     for part in ('model          test\n', 'epoch          2\n', 'dim=3', 'interval=3', 'loss=criterion',
                  'fc: 5 classes, 6 prototypes in 3 dimensions, scale 8, 294 parameters',
-                 f'{len(history)} re-solves in 12 batches, 3 epochs, one is due'):
+                 f'{len(history) - 1} re-solves in 12 batches, 3 epochs, one is due'):
         assert part in report
     for update in history:
         line = f'{update.step:>8} {update.moved:>6} {update.objective_before / 5:>9.4f} -> {update.objective / 5:>8.4f}'
         assert line in report
+    # The end of the warm-up is no re-solve.
+    assert history[0].event == 'placed' and [row.endswith('   placed') for row in report.splitlines()].count(True) == 1
 
 
 def test_other_files(tmp_path, said):

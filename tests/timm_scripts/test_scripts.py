@@ -407,9 +407,9 @@ def test_there_are_the_recipes_of_the_paper():
 
 
 def test_warmup_and_priming_from_the_flags(training):
-    told = training.train('primed', '--lr', '0.05', options=['prime=3', 'warmup_epochs=2'])
+    told = training.train('primed', '--lr', '0.05', options=['prime=3', 'warmup_length=2epochs'])
     assert 'primed by 3 batches' in told
     told = run([sys.executable, '-m', 'timm_dl2pa', 'run', *training.command('flags', plugin=False, dim=None)[1:],
-                '--dl2pa-dim', '3', '--dl2pa-warmup-epochs', '2', '--dl2pa-interval', '4'])
+                '--dl2pa-dim', '3', '--dl2pa-warmup-length', '2 epochs', '--dl2pa-interval', '4'])
     assert 'after a warm-up of 2 epochs' in told
     assert next(iter(training.record('flags')))['epoch'] == '2'

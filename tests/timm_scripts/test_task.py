@@ -98,7 +98,7 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
 
 
 @pytest.mark.parametrize('options, reason', [
-    (dict(dl2pa_dimm=3), 'dl2pa_dimm: no such option. There are dl2pa_dim, '),
+    (dict(dl2pa_dimm=3), 'dl2pa_dimm: no such option. There are dl2pa_recipe, dl2pa_dim, '),
     (dict(dl2pa_dim='three'), "dl2pa_dim must be int, not 'three'"),
     (dict(dl2pa_dim=True), 'dl2pa_dim must be int, not True'),
     (dict(dl2pa_learn_scale='true'), "dl2pa_learn_scale must be bool, not 'true'"),
@@ -106,7 +106,8 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
     (dict(dl2pa_loss='balanced_softmax', dl2pa_loss_weight=3.0), "no meaning with dl2pa_loss='balanced_softmax'"),
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
-    (dict(dl2pa_warmup_epochs=-1), 'dl2pa_warmup_epochs must be at least 0, not -1'),
+    (dict(dl2pa_recipe='fast'), "dl2pa_recipe must be one of paper, even, placed, not 'fast'"),
+    (dict(dl2pa_warmup_epochs=1), 'dl2pa_warmup_epochs: no such option'),
     (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1'),
 ])
 def test_options_that_are_no_good(options, reason):
@@ -196,6 +197,7 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
     assert [(u.step, u.epoch, u.moved, u.objective) for u in ours] == [
         (u.step, u.epoch, u.moved, u.objective) for u in history]
     assert [update.step for update in ours] == ([4, 8] if interval == 'epoch' else [4, 6, 9])
+    assert [update.event for update in ours] == ['placed', *['resolve'] * (len(ours) - 1)]
     assert any(update.moved for update in ours) and task.dl2pa_heads[0].config.own_prototypes
 
     # What the user sees: one line at the start and one a re-solve, a file beside the summary, and the summary.
@@ -426,9 +428,10 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 # --- resuming
 
 
-@pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_epochs=2), dict(warmup_epochs=0),
+@pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_length='2 epochs'),
+                                 dict(warmup='none'), dict(recipe='even'), dict(recipe='paper'),
                                  dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax'),
-                                 dict(interval='2:8,3', background=True, lag=3, min_gain=0.01, warmup_epochs=0)],
+                                 dict(interval='2:8,3', background=True, lag=3, min_gain=0.01, warmup='none')],
                          ids=str)
 @pytest.mark.parametrize('stopped_after', [1, 2, 3])
 def test_resume_after_any_epoch_is_bit_for_bit(tmp_path, how, stopped_after):
@@ -604,12 +607,13 @@ def test_two_processes(tmp_path):
             even = make_model(dl2pa_dim=3).get_classifier().prototypes
             assert torch.allclose(alone, together, atol=1e-4) and not torch.allclose(alone, even, atol=0.1)
         alone, together = (checkpoint['task_state']['dl2pa']['scheduler'] for checkpoint in saved)
-        assert torch.allclose(alone['sums'], together['sums'], atol=1e-4) and alone['sums'].abs().sum() > 1
+        assert torch.allclose(alone['class_means']['sums'], together['class_means']['sums'], atol=1e-4)
+        assert alone['class_means']['sums'].abs().sum() > 1
     assert first['resumed'] == first['epoch'][0]
     with pytest.raises(Killed):
         train(tmp_path / 'alone killed', die_after=BATCHES + 2, recovery_interval=2, **DISTRIBUTED)
     alone = load(tmp_path / 'alone killed' / 'recovery-1-1.pth.tar')['task_state']['dl2pa']['scheduler']
-    assert torch.allclose(alone['sums'], first['recovery']['sums'], atol=1e-4)
+    assert torch.allclose(alone['class_means']['sums'], first['recovery']['class_means']['sums'], atol=1e-4)
     assert first['error'] == second['error'] and 'not finite' in first['error']
 
 

@@ -15,7 +15,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 from ..distributed import broadcast_from_rank_0
 from ..head import heads_of
 from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
-from ..scheduling import AssignmentScheduler, AssignmentUpdate, Primer
+from ..scheduling import AssignmentScheduler, AssignmentUpdate, Duration, Primer
 from .creation import plugin_options
 
 __all__ = ['DL2PATask', 'task_class_for']
@@ -73,8 +73,8 @@ class DL2PATask(TrainingTask):
                 + ('static assignment' if options.stop == 0 else
                    f're-solved every {scheduler.schedule}{where}, exactly')
                 + (f', primed by the first {options.prime} batches' if options.prime else
-                   f", after the warm-up '{scheduler.warmup.name}' of "
-                   f'{options.warmup_length or scheduler.recipe.warmup_length}' if scheduler.warming_up else ''))
+                   f', after a warm-up of {Duration.of(options.warmup_length or scheduler.recipe.warmup_length)} '
+                   f'({scheduler.warmup.name})' if scheduler.warming_up else ''))
 
     def _take_loss(self) -> str:
         """Put our loss in the criterion's place if it is asked for; return what to say of that."""
