@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 import gpu_steps
 import image_arrays
+import readme_tables
+from accuracy_recipe import SIZES, Recipe
 from gpu_pack import pack, unpack
 from gpu_work import Work
 from pack_tiny_imagenet import pack_tiny_imagenet
@@ -188,6 +190,40 @@ def test_tiny_imagenet_is_packed_and_read(tmp_path, monkeypatch):
     (source / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn09\t0\t0\t1\t1\n')
     with pytest.raises(ValueError, match='the class n09, of which there is no training image'):
         pack_tiny_imagenet(source, tmp_path / 'arrays')
+
+
+def test_the_tables_have_a_gpus_figures_or_say_that_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme_tables, 'RESULTS', tmp_path)
+    assert all(make() == readme_tables.NOT_YET for make in readme_tables._GPU_TABLES)
+    machine = {'gpu': 'Some Card', 'driver': '1.2', 'torch': '3.4'}
+
+    def write(name, rows, **record):
+        path = tmp_path / f'{name}.json'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({'environment': machine, 'results': rows, **record}))
+
+    write('head_step_cuda', [{'num_classes': 1000, 'dim': 8, 'neck_ms': 1.5, 'neck_mb': 1234,
+                              'linear_failed': 'out of memory'}])
+    write('assignment_cuda', [{'num_classes': 21841, 'dim': 8, 'case': 'cold', 'ours seconds': 3.0,
+                               'ours on cuda seconds': 1.5}])
+    write('train_step_compiled_cuda', [{
+        'model': 'resnet50', 'num_classes': 1000, 'dim': 8, 'compiled': True, 'linear_ms': 10.0,
+        'linear_images_a_second': 2560.0, 'squared_cosine_ms': 11.0, 'squared_cosine_images_a_second': 2327.3,
+        'squared_cosine_over_linear': 1.1}])
+    for name, gpu in (('a', 'Some Card'), ('b', None)):
+        machine['gpu'] = gpu
+        recipe = {**asdict(Recipe(**SIZES['distiller'], method='softmax')), 'seed': 3}
+        write(f'accuracy/{name}', {'top1': 71.25 if gpu else 12.0, 'top5': 90.0, 'calibration_error': 1.0,
+                                   'angular_separation': {'smallest': 60.0}, 'recall_at_1': 50.0}, recipe=recipe)
+    assert '| the neck alone | 1.50 ms, 1,234 MB |' in readme_tables.head_step_gpu()
+    assert '| `nn.Linear`, cross-entropy | out of memory |' in readme_tables.head_step_gpu()
+    assert 'Some Card, driver 1.2, PyTorch 3.4' in readme_tables.head_step_gpu()
+    assert '| 21,841, 8 | cold | 3.00 s | 1.50 s | 2x |' in readme_tables.assignment_gpu()
+    assert '| resnet50, 1,000, 8, compiled | 2,560 | failed | 2,327 | - | 1.100 |' in readme_tables.train_step_gpu()
+    accuracy = readme_tables.accuracy_gpu()
+    # The run on the CPU is none of these.
+    assert "| RepDistiller's, 240 epochs |" in accuracy and '71.25' in accuracy and '41.6' not in accuracy
+    assert readme_tables.tiny_imagenet_gpu() == readme_tables.NOT_YET == readme_tables.prototypes_gpu()
 
 
 @pytest.mark.slow
