@@ -28,6 +28,7 @@ Data: --arrays as for accuracy.py; --tiny-imagenet takes such a folder too (`pac
 ImageFolder with train/ and validation/. The exit status is 1 if a step failed.
 """
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -93,6 +94,9 @@ def main() -> int:
     folders = [args.output] if args.dry_run else [RESULTS, args.output]
     if not args.dry_run:
         _bring_checkpoints(args.output)
+    else:
+        # Toys side by side on few cores: threads would wait for each other.
+        os.environ.setdefault('OMP_NUM_THREADS', '1')
     packed = (args.pack or args.output).resolve()
     seconds = 60 * args.minutes - (time.monotonic() - began)
     work = Work(args.output, seconds, args.parallel, _places(args), lambda: pack(args.output, packed))

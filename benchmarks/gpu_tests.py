@@ -24,6 +24,11 @@ class Recorder:
         self.outcomes: dict[str, dict[str, Any]] = {}
         self.complete = False
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.outcomes[report.nodeid] = {'outcome': 'failed', 'seconds': 0.0,
+                                            'message': str(report.longrepr).strip().splitlines()[-1:]}
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         entry = self.outcomes.setdefault(report.nodeid, {'outcome': 'passed', 'seconds': 0.0})
         entry['seconds'] = round(entry['seconds'] + report.duration, 2)
@@ -55,7 +60,9 @@ def main() -> int:
     chosen = ['-m', 'gpu'] if args.device == 'cuda' else ['-k', f'cpu and {args.select}' if args.select else 'cpu']
     if args.select and args.device == 'cuda':
         chosen += ['-k', args.select]
-    status = pytest.main([str(TESTS), *chosen, '-q', '--no-header', '-p', 'no:cacheprovider'], plugins=[recorder])
+    # A file that cannot be imported there keeps the others from nothing.
+    options = ['-q', '--no-header', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
+    status = pytest.main([str(TESTS), *chosen, *options], plugins=[recorder])
     recorder.complete = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     recorder.write()
     print(f'{len(recorder.outcomes)} tests in {time.perf_counter() - began:.0f} s')

@@ -2,6 +2,9 @@
 
     python benchmarks/readme_tables.py            # writes them
     python benchmarks/readme_tables.py --check    # fails if the README has other figures
+
+The tables of a GPU's figures (`head_step_gpu`, `assignment_gpu`, `prototypes_gpu`, `train_step_gpu`, `accuracy_gpu`,
+`tiny_imagenet_gpu`) are written where the README has marks for them, and say that there are none where there are none.
 """
 import argparse
 import json
@@ -15,6 +18,9 @@ from typing import Any
 from timm_dl2pa.options import PREFIX, PluginOptions
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
+# What stands in the place of a table of a GPU until there are results.
+NOT_YET = 'Nothing of this was measured on a GPU yet.'
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -110,6 +116,7 @@ _METHODS = {
     'softmax linear_bn': 'the same, with batch norm between, as `dl2pa` has it',
     'softmax balanced_softmax linear_bn': 'the same, with batch norm between',
     'cosine_softmax': '`cosine_softmax`: both normalised, scale fixed',
+    'cosine_softmax linear_bn learn_scale': '`cosine_softmax` with batch norm between and a learned scale',
     'static squared_cosine': '`static` (HPN), squared cosine',
     'static': '`static`, cross-entropy, scale fixed',
     'paper squared_cosine': "`paper`: the authors' rule, squared cosine",
@@ -119,11 +126,16 @@ _METHODS = {
     'dl2pa balanced_softmax even': '`dl2pa`, recipe `even`, balanced softmax',
     'dl2pa stop=0': 'the same head, `stop=0`: assignment left to chance',
     'dl2pa warmup=none': 'the same head, `warmup=none`: matched from the start',
+    'dl2pa placed': '**`dl2pa`**, recipe `placed`, cross-entropy',
+    'dl2pa paper': "the same head, recipe `paper`: its class means, no warm-up",
+    'dl2pa squared_cosine placed': '**`dl2pa`**, recipe `placed`, squared cosine',
+    'dl2pa squared_cosine even': '`dl2pa`, recipe `even`, squared cosine',
+    'dl2pa squared_cosine paper': "`dl2pa`, recipe `paper`, squared cosine",
 }
 
 
-def _runs() -> list[dict[str, Any]]:
-    files = sorted((ROOT / 'benchmarks' / 'results' / 'accuracy').glob('*.json'))
+def _runs(folder: str = 'accuracy') -> list[dict[str, Any]]:
+    files = sorted((RESULTS / folder).glob('*.json'))
     return [record for record in map(json.loads, (file.read_text() for file in files))
             if not record['recipe']['validation']]
 
@@ -132,7 +144,7 @@ def _method(recipe: dict[str, Any]) -> str:
     if recipe['method'] == 'softmax' and recipe['dim'] == 0:
         return '`nn.Linear` on all 64 features'
     words = [recipe['method'], '' if recipe['loss'] == 'cross_entropy' else recipe['loss'], recipe['neck'] or '',
-             recipe.get('dl2pa_recipe') or '',
+             'learn_scale' if recipe.get('learn_scale') else '', recipe.get('dl2pa_recipe') or '',
              *(f'{name}={value}' for name, value in recipe['dl2pa'].items())]
     key = ' '.join(filter(None, words))
     return _METHODS.get(key, key)
@@ -146,11 +158,11 @@ def _spread(values: list[float]) -> str:
 
 
 def _grouped(chosen: Callable[[dict[str, Any]], bool], metrics: dict[str, Callable[[dict[str, Any]], Any]],
-             model: str = 'cifar_resnet14') -> list[list[Any]]:
+             model: str = 'cifar_resnet14', runs: list[dict[str, Any]] | None = None) -> list[list[Any]]:
     """Return a row for each d and method of that model's runs: mean and standard deviation over the seeds, and how
     many there are."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for record in _runs():
+    for record in _runs() if runs is None else runs:
         if record['recipe']['model'] == model and chosen(record['recipe']):
             groups.setdefault((record['recipe']['dim'], _method(record['recipe'])), []).append(record)
     order = list(_METHODS.values())
@@ -204,6 +216,98 @@ def accuracy_new_classes() -> str:
     return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: r['classes'] == 'first_half', metrics))
 
 
+# --- what was measured on a GPU
+
+
+def _record(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f'{name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _on(table_: str, record: dict[str, Any]) -> str:
+    """Return a table with the machine that its figures are of."""
+    found = record['environment']
+    return f'{table_}\n\n({found["gpu"]}, driver {found["driver"]}, PyTorch {found["torch"]}.)'
+
+
+def head_step_gpu() -> str:
+    """The head's step in milliseconds, and the peak of the card's memory."""
+    record = _record('head_step_cuda')
+    if record is None:
+        return NOT_YET
+    names = {'linear': '`nn.Linear`, cross-entropy', 'partial_fc': 'Partial FC, 10 %', 'authors': "the authors' step",
+             'logits': 'ours, cross-entropy', 'logits_placed': 'in the warm-up, `placed`',
+             'logits_even': 'in the warm-up, `even`', 'embeddings': 'ours, `SquaredCosineLoss`',
+             'embeddings_placed': 'in the warm-up, `placed`', 'embeddings_even': 'in the warm-up, `even`',
+             'neck': 'the neck alone'}
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if f'{name}_ms' not in row:
+            return row.get(f'{name}_failed', '-')
+        return f'{row[f"{name}_ms"]:.2f} ms, {row[f"{name}_mb"]:,} MB'
+
+    rows = [[title, *(cell(row, name) for row in record['results'])] for name, title in names.items()]
+    return _on(table(['C, d', *(f'{row["num_classes"]:,}, {row["dim"]}' for row in record['results'])], rows), record)
+
+
+def assignment_gpu() -> str:
+    """The assignment with the passes over the pairs on the card, beside the same on its machine's CPU."""
+    record = _record('assignment_cuda')
+    if record is None:
+        return NOT_YET
+    rows = [[f'{r["num_classes"]:,}, {r["dim"]}', r['case'], f'{r["ours seconds"]:.2f} s',
+             f'{r["ours on cuda seconds"]:.2f} s', f'{r["ours seconds"] / r["ours on cuda seconds"]:.2g}x']
+            for r in record['results']]
+    return _on(table(['C, d', 'start', 'CPU', 'GPU', 'faster'], rows), record)
+
+
+def prototypes_gpu() -> str:
+    """Prototypes by descent on the card."""
+    record = _record('prototypes_cuda')
+    return NOT_YET if record is None else _on(prototypes_large(record), record)
+
+
+def train_step_gpu() -> str:
+    """timm's training step in images a second."""
+    records = [record for record in map(_record, ('train_step_cuda', 'train_step_compiled_cuda')) if record]
+    if not records:
+        return NOT_YET
+    rows = []
+    for record in records:
+        for row in record['results']:
+            cells = [f'{row[f"{name}_images_a_second"]:,.0f}' if f'{name}_ms' in row else 'failed'
+                     for name in ('linear', 'criterion', 'squared_cosine')]
+            ratios = [f'{row[f"{name}_over_linear"]:.3f}' if f'{name}_over_linear' in row else '-'
+                      for name in ('criterion', 'squared_cosine')]
+            rows.append([f'{row["model"]}, {row["num_classes"]:,}, {row["dim"]}' + (
+                ', compiled' if row['compiled'] else ''), *cells, *ratios])
+    return _on(table(['model, C, d', 'linear, images a second', 'ours, cross-entropy', 'ours, `squared_cosine`',
+                      'time over linear, cross-entropy', 'time over linear, `squared_cosine`'], rows), records[0])
+
+
+def _accuracy_gpu(folder: str) -> str:
+    runs = [record for record in _runs(folder) if record['environment']['gpu']]
+    rows = []
+    for schedule, title in (('distiller', "RepDistiller's"), ('paper', "the paper's")):
+        for epochs in sorted({record['recipe']['epochs'] for record in runs}, reverse=True):
+            some = _grouped(lambda r, schedule=schedule, epochs=epochs: (r['schedule'], r['epochs']) == (
+                schedule, epochs) and not r['imbalance'], _METRICS, 'cifar_resnet32', runs)
+            rows += [[f'{title}, {epochs} epochs', *row] for row in some]
+    return _on(table(['schedule', 'method', 'd', *_METRICS, 'seeds'], rows), runs[0]) if rows else NOT_YET
+
+
+def accuracy_gpu() -> str:
+    """CIFAR-100, ResNet-32."""
+    return _accuracy_gpu('accuracy')
+
+
+def tiny_imagenet_gpu() -> str:
+    """Tiny-ImageNet, ResNet-32."""
+    return _accuracy_gpu('tiny_imagenet')
+
+
+# The README need not have marks for these.
+_GPU_TABLES = (head_step_gpu, assignment_gpu, prototypes_gpu, train_step_gpu, accuracy_gpu, tiny_imagenet_gpu)
 # Those that are made from the folder `results/accuracy`.
 _FOLDER_TABLES = (accuracy, accuracy_longer, accuracy_tail, accuracy_transfer, accuracy_new_classes)
 
@@ -229,14 +333,15 @@ def main() -> int:
     readme = ROOT / 'README.md'
     old = new = readme.read_text()
     for make in (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
-                 *_OTHER_TABLES):
+                 *_OTHER_TABLES, *_GPU_TABLES):
         name = make.__name__
-        file = ROOT / 'benchmarks' / 'results' / f'{name}.json'
-        content = make() if make in _OTHER_TABLES else make(json.loads(file.read_text()))
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if not pattern.search(new):
+            if make in _GPU_TABLES:
+                continue
             print(f'README.md has no marks for {name}', file=sys.stderr)
             return 1
+        content = make() if make in (*_OTHER_TABLES, *_GPU_TABLES) else make(_record(name))
         new = pattern.sub(lambda found, content=content: found[1] + content + '\n' + found[2], new)
     if args.check and new != old:
         print('README.md does not show the figures of benchmarks/results: run python benchmarks/readme_tables.py',

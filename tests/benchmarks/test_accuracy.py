@@ -120,9 +120,20 @@ def test_a_learned_scale_starts_at_four_and_learns():
 # --- the step as a graph
 
 
-def rerun(function):
-    """Stands for a CUDA graph: a replay runs the function on the tensors that the recording was made with."""
-    return function
+def rerun(head):
+    """Stands for a CUDA graph: a replay runs the function on the tensors that the recording was made with.
+
+    The head's observer is that of the recording then: a graph has the kernels, and nothing that Python did.
+    """
+    def record(function):
+        observer = head.observer
+
+        def replay():
+            current, head.observer = head.observer, observer
+            function()
+            head.observer = current
+        return replay
+    return record
 
 
 def small_training(graphed, options, steps=12, record=rerun):
@@ -133,7 +144,7 @@ def small_training(graphed, options, steps=12, record=rerun):
     scheduler = AssignmentScheduler(model, interval=3, **options)
     step = PlainStep(model, nn.CrossEntropyLoss(), optimizer, nullcontext)
     if graphed:
-        step = GraphedStep(step, head, record)
+        step = GraphedStep(step, head, record(head))
     losses = []
     for number in range(steps):
         x, labels = torch.randn(16, 8), torch.randint(0, 5, (16,))
@@ -161,16 +172,16 @@ def test_where_recording_fails_the_step_stays_plain():
         function()
         raise RuntimeError('operation not permitted when stream is capturing\nmore')
 
-    def raises_at_once(function):
+    def refused(function):
         raise RuntimeError('no graph here')
 
     _, plain_model, _, plain_losses = small_training(False, dict(warmup=0))
     with pytest.warns(UserWarning, match='no graph here'):
-        step, model, _, losses = small_training(True, dict(warmup=0), record=raises_at_once)
+        step, model, _, losses = small_training(True, dict(warmup=0), record=lambda head: refused)
     assert step.failure == 'RuntimeError: no graph here' and not step.replays and losses == plain_losses
     assert all(torch.equal(value, plain_model.state_dict()[name]) for name, value in model.state_dict().items())
     with pytest.warns(UserWarning, match='not permitted'):
-        step, *_ = small_training(True, dict(warmup=0), record=broken)
+        step, *_ = small_training(True, dict(warmup=0), record=lambda head: broken)
     assert step.failure.endswith('stream is capturing')
 
 

@@ -30,7 +30,7 @@ def head(request):
 @pytest.fixture
 def one():
     torch.manual_seed(0)
-    return DL2PAHead(7, 6, 5, neck='linear_bn').eval()
+    return DL2PAHead(7, 6, 5, neck='linear_bn', learn_scale=False).eval()
 
 
 def same(head, other):
@@ -148,12 +148,12 @@ HOSTILE = {
     'huge classes': (dict(num_classes=10 ** 15, num_prototypes=10 ** 15), 'assignment is .6,., not .1000000000000000,'),
     'huge features': (dict(in_features=10 ** 12), r'neck.0.weight is .5, 7., not .5, 1000000000000.'),
     'negative': (dict(dim=-5), 'dim must be at least 1'),
-    'text': (dict(dim='5'), "dim in config.json must not be '5'"),
-    'bool': (dict(dim=True), 'dim in config.json must not be True'),
-    'nan scale': (dict(scale=float('nan')), 'scale in config.json must be finite'),
+    'text': (dict(dim='5'), "config.json: dim must not be '5'"),
+    'bool': (dict(dim=True), 'config.json: dim must not be True'),
+    'nan scale': (dict(scale=float('nan')), 'config.json: scale must be finite'),
     'huge scale': (dict(scale=10 ** 400), 'config.json: int too large'),
-    'another scale': (dict(scale=3.0), r'scale is 9\.\d+ in model.safetensors, and 3.0 in'),
-    'list': (dict(neck=['linear']), 'neck in config.json must not be'),
+    'another scale': (dict(scale=3.0), r'scale is 9\.\d+ in the tensors, and 3.0 in the config'),
+    'list': (dict(neck=['linear']), 'config.json: neck must not be'),
     'unknown neck': (dict(neck='../../etc'), 'neck must be one of'),
     'newer': (dict(format=99), 'has the format 99, newer than'),
     'no format': (dict(format=None), 'names no format'),
