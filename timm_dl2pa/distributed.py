@@ -27,16 +27,21 @@ def add_over_ranks(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def broadcast_from_rank_0(value: T) -> T:
-    """Return rank 0's value, which is pickled, on every process."""
+def broadcast_from_rank_0(value: T, device: torch.device | None = None) -> T:
+    """Return rank 0's value, which is pickled, on every process.
+
+    Args:
+        value: Anything that can be pickled; the other processes' values are not looked at.
+        device: Of the training. NCCL sends from there, not from whichever device is the current one.
+    """
     if not is_distributed():
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, device=device if device is not None and device.type == 'cuda' else None)
     return box[0]
 
 
-def solve_on_rank_0(function: Callable[[], T]) -> T:
+def solve_on_rank_0(function: Callable[[], T], device: torch.device | None = None) -> T:
     """Return on every process what the function returns on rank 0, or raise its error there.
 
     The other processes do not call the function. An error is raised only after they have received it: without it they
@@ -48,7 +53,7 @@ def solve_on_rank_0(function: Callable[[], T]) -> T:
             answer = function()
         except Exception as error:
             answer = error
-    answer = broadcast_from_rank_0(answer)
+    answer = broadcast_from_rank_0(answer, device)
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -2,10 +2,10 @@
 from contextlib import nullcontext
 
 import pytest
-import reference
 import torch
 import torch.nn as nn
 
+from tests.helpers import reference
 from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SquaredCosineLoss
 
 # Largest error of a result, as a share of its norm: of the features, rounded once, and of the products of the neck.
@@ -54,7 +54,7 @@ def exact(head, x, labels, loss):
 def test_forward_and_backward(make_head, device, precision, share, compiled):
     head, x, labels = problem(make_head, device)
     logits, loss, weight_gradient, x_gradient = exact(head, x, labels, 'cross_entropy')
-    scheduler = AssignmentScheduler(head, interval=100, warmup=0)  # an observer is part of the graph
+    scheduler = AssignmentScheduler(head, interval=100, warmup='none')  # an observer is part of the graph
     forward = head
     if compiled:
         torch.compiler.reset()

@@ -4,10 +4,10 @@ import io
 import pytest
 import torch
 import torch.nn as nn
-from recipe_words import RECIPES, scheduler_arguments
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.recipe_words import RECIPES, scheduler_arguments
 from timm_dl2pa import AssignmentScheduler, SquaredCosineLoss
 
 KINDS = ('hard', 'soft')

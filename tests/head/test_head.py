@@ -409,3 +409,30 @@ def test_a_training_view_is_new_in_every_copy(make_head):
     for other in (copy.deepcopy(head), copy.copy(head), pickle.loads(pickle.dumps(head))):
         assert vars(other.training_view) == empty and other.training_view is not head.training_view
     assert head.warming_up and not any('training_view' in name for name in head.state_dict())
+
+
+def test_class_vectors_of_a_warmup_move_with_the_head(make_head):
+    head = make_head()
+    AssignmentScheduler(head, recipe='even')
+    assert not head.training_view.class_vectors.is_meta
+    assert head.to('meta').training_view.class_vectors.is_meta
+
+
+def test_a_compiled_forward_may_keep_the_buffers_for_its_backward(make_head):
+    """Prototypes and assignment change between the two; the gradients are of those that the forward saw."""
+    torch._dynamo.reset()
+    head, x = make_head(), torch.randn(5, 12, requires_grad=True)
+    vectors = torch.nn.functional.normalize(torch.randn(7, 4), dim=1)
+    head(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    out = torch.compile(head, backend='aot_eager', fullgraph=True)(x)
+    head.move_class_prototypes(vectors)
+    head.assign(head.assignment.flip(0), head.prototypes)
+    out.square().sum().backward()
+    assert torch.allclose(x.grad, expected, atol=1e-5)
+    assert torch.equal(head.prototypes[:7], vectors) and head.assignment.tolist() == [6, 5, 4, 3, 2, 1, 0]
+    # Elsewhere they change in place: recorded CUDA graphs read from where they were.
+    head(x)
+    kept = head.prototypes
+    head.move_class_prototypes(vectors.flip(0))
+    assert head.prototypes is kept

@@ -255,6 +255,7 @@ class DL2PAHead(SavedModule, nn.Module):
             out = self.cosines(embeddings) * self.current_scale()
         else:
             view = self.training_view
+            view.compiled = torch.compiler.is_compiling()
             if view.on_features is not None:
                 view.on_features(features.detach())
             if self.training and view.on_embeddings is not None:
@@ -274,7 +275,7 @@ class DL2PAHead(SavedModule, nn.Module):
 
     @torch.no_grad()
     def assign(self, assignment: torch.Tensor, prototypes: torch.Tensor | None = None) -> None:
-        """Give each class c the prototype `assignment[c]`, in place.
+        """Give each class c the prototype `assignment[c]`.
 
         Args:
             assignment: (C,) whole numbers in 0..K-1, no two the same.
@@ -289,18 +290,29 @@ class DL2PAHead(SavedModule, nn.Module):
             if prototypes.shape != self.prototypes.shape:
                 raise ValueError(f'prototypes must have the shape {tuple(self.prototypes.shape)}, '
                                  f'not {tuple(prototypes.shape)}.')
-            self.prototypes.copy_(unit_rows(prototypes))
+            self._replace('prototypes', unit_rows(prototypes))
             # The seed alone does not make them again.
             self.config = replace(self.config, own_prototypes=True)
-        self.assignment.copy_(assignment)
+        self._replace('assignment', assignment)
 
     @torch.no_grad()
     def move_class_prototypes(self, vectors: torch.Tensor) -> None:
-        """Replace the prototype of each class by a row of `vectors`, (C, d) float32 unit rows, in place and unchecked.
-        """
-        self.prototypes.index_copy_(0, self.assignment, vectors)
+        """Replace the prototype of each class by a row of `vectors`, (C, d) float32 unit rows, unchecked."""
+        if self.training_view.compiled:
+            self._replace('prototypes', self.prototypes.index_copy(0, self.assignment, vectors))
+        else:  # one pass over the prototypes
+            self.prototypes.index_copy_(0, self.assignment, vectors)
         if not self.config.own_prototypes:
             self.config = replace(self.config, own_prototypes=True)
+
+    def _replace(self, name: str, value: torch.Tensor) -> None:
+        """Give a buffer new values: in place, as recorded CUDA graphs need it. Only after a compiled forward, which may
+        keep the buffer itself for its backward pass, a new tensor takes its place."""
+        buffer = self._buffers[name]
+        if self.training_view.compiled:
+            self._buffers[name] = value.to(buffer, copy=True)
+        else:
+            buffer.copy_(value)
 
     @property
     def warming_up(self) -> bool:
@@ -331,6 +343,9 @@ class DL2PAHead(SavedModule, nn.Module):
         for name, buffer in before.items():
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
+        view = self.training_view
+        if view.class_vectors is not None:
+            view.class_vectors = view.class_vectors.to(self.prototypes.device)
         return self
 
     def _load_from_state_dict(

@@ -20,6 +20,7 @@ class TrainingView:
         class_vectors: (C, d) float32 unit rows that take the prototypes' place in training mode, or None.
         warming_up: Whether a warm-up is under way: the class vectors of training still move.
         warmup_loss: The loss that this warm-up needs, 'cross_entropy', or None.
+        compiled: Whether the last forward was one of `torch.compile`.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class TrainingView:
         self.class_vectors: torch.Tensor | None = None
         self.warming_up = False
         self.warmup_loss: str | None = None
+        self.compiled = False
         self._owner: Any = None
 
     def attach(self, owner: Any) -> None:

@@ -1,5 +1,4 @@
 """What an AssignmentScheduler refuses: unfit heads, numbers out of range, states that are not its own."""
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +9,15 @@ from ..head import DL2PAHead
 __all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
 
 
-def check_heads(model: nn.Module, heads: Sequence[DL2PAHead]) -> None:
-    """Raise a ValueError unless a model has heads that can share an assignment."""
+def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
+    """Return the heads of a model, or raise a ValueError unless there are some, which can share an assignment."""
     if not heads:
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
     for other in heads[1:]:
         if other.num_classes != heads[0].num_classes or not torch.equal(other.prototypes, heads[0].prototypes):
             raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                              'share an assignment: make a scheduler for each head.')
+    return heads
 
 
 def check_numbers(start: int, stop: int | None, momentum: float) -> float:

@@ -133,7 +133,7 @@ class Primer:
         else:
             answer = _fit(means, covariance, head.prototypes)
         # The sums are equal on every process, but processors may differ in the last bit.
-        assignment, prototypes, explained = broadcast_from_rank_0(answer)
+        assignment, prototypes, explained = broadcast_from_rank_0(answer, head.prototypes.device)
         for head, solution in zip(self.heads, solutions):
             head.assign(assignment, prototypes)
             if head.config.neck != 'none':

@@ -90,7 +90,7 @@ class Resolver:
             return (self._match(means, self.head.prototypes, self._in_force()), None) if warmup is None else \
                 warmup.solve(means)
 
-        result, prototypes = solve_on_rank_0(solve)
+        result, prototypes = solve_on_rank_0(solve, self.head.prototypes.device)
         return self._put_in_force(result, prototypes, AssignmentUpdate(
             clock.batches, clock.epochs, result.moved, result.objective_before, result.objective,
             time.perf_counter() - began, 'resolve' if warmup is None else warmup.name))
@@ -101,7 +101,7 @@ class Resolver:
         Raises:
             ValueError: As `resolve`.
         """
-        solve_on_rank_0(class_means.check)
+        solve_on_rank_0(class_means.check, self.head.prototypes.device)
         self.pending = PendingSolve(clock.batches, clock.epochs, clock.batches + self.lag,
                                     class_means.sums.clone() if rank() == 0 else None)
         self._start_thread()
@@ -110,12 +110,14 @@ class Resolver:
         pending = self.pending
         if pending.sums is None:
             return
-        # A copy: what is loaded into the model meanwhile goes to the same memory.
-        sums, prototypes, start = pending.sums, self.head.prototypes.clone(), self._in_force()
+        # A copy: what is loaded into the model meanwhile goes to the same memory. On a GPU the copy of the means to the
+        # CPU, which comes after it on the training's stream, waits for both: the thread has a stream of its own.
+        prototypes, start = self.head.prototypes.clone(), self._in_force()
+        means = directions_of(pending.sums)
 
         def solve() -> tuple[AssignmentResult, float]:
             began = time.perf_counter()
-            result = self._match(directions_of(sums), prototypes, start)
+            result = self._match(means, prototypes, start)
             return result, time.perf_counter() - began
 
         pending.solver = Background(solve)
@@ -133,7 +135,7 @@ class Resolver:
         if step < pending.take_at:
             return None
         self.pending = None
-        result, seconds = solve_on_rank_0(lambda: pending.solver.result())
+        result, seconds = solve_on_rank_0(lambda: pending.solver.result(), self.head.prototypes.device)
         return self._put_in_force(result, None, AssignmentUpdate(
             pending.step, pending.epoch, result.moved, result.objective_before, result.objective, seconds))
 
@@ -188,7 +190,7 @@ class Resolver:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state. In a distributed run all processes load the same one: rank 0 keeps the sums."""
         self.history = [AssignmentUpdate(**entry) for entry in state['history']]
-        self.prices = None if state['prices'] is None else state['prices'].clone()
+        self.prices = None if state['prices'] is None else state['prices'].cpu().clone()
         pending = state['pending']
         self.pending = None if pending is None else PendingSolve(
             **{**pending, 'sums': pending['sums'].clone() if rank() == 0 else None})

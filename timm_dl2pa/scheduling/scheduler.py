@@ -60,8 +60,7 @@ class AssignmentScheduler:
                  total: int | str | None = None, warmup: str | None = None, warmup_length: float | str | None = None,
                  evenness: float | None = None, start: int = 0, stop: int | None = None, momentum: float | None = None,
                  min_gain: float = 0.0, background: bool = False, lag: int = 16):
-        self.heads = heads_of(model)
-        check_heads(model, self.heads)
+        self.heads = check_heads(model, heads_of(model))
         head = self.heads[0]
         self.recipe = find_recipe(head.config.recipe if recipe is None else recipe)
         self.momentum = check_numbers(start, stop, self.recipe.momentum if momentum is None else momentum)
@@ -69,8 +68,8 @@ class AssignmentScheduler:
         self.clock = Clock(total)
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
         self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
-        kind = self.recipe.warmup if warmup is None else warmup
-        self._make_warmup = warmup_maker('none' if stop == 0 else kind, self.heads, evenness)
+        warmup = 'none' if stop == 0 else self.recipe.warmup if warmup is None else warmup
+        self._make_warmup = warmup_maker(warmup, self.heads, evenness)
         self.warmup = self._make_warmup()
         self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
         self.due = False  # whether a re-solve waits for the next batch
@@ -171,7 +170,7 @@ class AssignmentScheduler:
 
     def merge(self) -> None:
         """Move the class sums of all processes to rank 0, for its `state_dict()`. Every process must call it."""
-        self.class_means.merge()
+        self.class_means.to(self.heads[0].prototypes.device).merge()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model's state dict: tensors on the CPU and plain numbers.

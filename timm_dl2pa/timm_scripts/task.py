@@ -148,7 +148,8 @@ class DL2PATask(TrainingTask):
             raise ValueError('the rows of the targets do not sum to one: they are multi-label targets, which have no '
                              'meaning for a DL2PA head. Leave the dl2pa options out.')
         # Rank 0 alone has the checkpoint saver, and knows the script's arguments.
-        self._merge_interval, self._script_epochs = broadcast_from_rank_0((self._merge_interval, self._script_epochs))
+        self._merge_interval, self._script_epochs = broadcast_from_rank_0(
+            (self._merge_interval, self._script_epochs), self.dl2pa_heads[0].prototypes.device)
         if self._script_epochs is not None:
             self.assignment_scheduler.clock.total = f'{self._script_epochs} epochs'
         self._checked = True

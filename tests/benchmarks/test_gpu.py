@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 import gpu_steps
 import image_arrays
 import readme_tables
@@ -24,7 +24,7 @@ from gpu_work import Work
 from pack_tiny_imagenet import pack_tiny_imagenet
 from partial_fc import PartialFC
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 
 
 def steps(seconds=500.0, epoch=None):
