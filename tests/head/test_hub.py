@@ -107,12 +107,12 @@ def test_wrap_with_a_head(tmp_path):
         assert torch.equal(wrapped.eval()(x), model.eval()(x)) and wrapped.num_classes == 6
         assert wrapped.label_names == LABELS
     distilled = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, depth=1, num_classes=3)
-    for arguments, message in ((dict(neck='none'), 'neck cannot be given together with head='),
+    for arguments, message in ((dict(neck='none'), 'neck cannot be given together with head'),
                                (dict(dim=6, scale=3.0), 'scale, dim cannot be given together')):
         with pytest.raises(ValueError, match=message):
             wrap_dl2pa(distilled, head=tmp_path, **arguments)
     with pytest.raises(ValueError, match='head takes 96 features, but the classifier of VisionTransformerDistilled is '
-                                         'given 192'):
+                                         'takes 192'):
         wrap_dl2pa(distilled, head=tmp_path)
     assert isinstance(distilled.head, torch.nn.Linear)
     DL2PAHead(192, 3, 2).save_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def edit(folder, tensors=None, keep_digest=False, **config):
 
 POINTS = make_prototypes(6, 5)
 HOSTILE = {
-    'huge classes': (dict(num_classes=10 ** 15, num_prototypes=10 ** 15), 'assignment has the shape .6,., not .1000000000000000,'),
+    'huge classes': (dict(num_classes=10 ** 15, num_prototypes=10 ** 15), 'has the shape .6,., not .10{15},.'),
     'huge features': (dict(in_features=10 ** 12), r'neck.0.weight has the shape .5, 7., not .5, 1000000000000.'),
     'negative': (dict(dim=-5), 'dim must be at least 1'),
     'text': (dict(dim='5'), "dim in config.json must not be '5'"),
@@ -171,7 +171,7 @@ HOSTILE = {
     'nan prototypes': (dict(tensors={'prototypes': POINTS * float('nan')}), 'prototypes is not finite'),
     'assignment': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 4])}), 'share the prototype 4'),
     'outside': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 6])}), 'outside 0..5'),
-    'float assignment': (dict(tensors={'assignment': torch.arange(6.0)}), 'assignment in model.safetensors must have an integer dtype'),
+    'float assignment': (dict(tensors={'assignment': torch.arange(6.0)}), 'must have an integer dtype, not'),
     'whole weights': (dict(tensors={'neck.0.weight': torch.ones(5, 7, dtype=torch.int64)}), 'neck.0.weight in model'),
     'infinite': (dict(tensors={'neck.1.bias': torch.full((5,), float('inf'))}), 'neck.1.bias is not finite'),
     'missing': (dict(tensors={'neck.1.bias': None}), 'neck.1.bias is missing'),
