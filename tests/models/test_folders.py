@@ -324,7 +324,7 @@ HOSTILE = {
     'more': (tensors(lambda t: t.update(evil=torch.ones(1))), 'evil is not expected'),
     'shape': (tensors(lambda t: t.update({'fc.prototypes': torch.ones(8, 3)})), r'has the shape \(8, 3\), not'),
     'long prototypes': (tensors(lambda t: t['fc.prototypes'].mul_(2)), 'fc.prototypes must have unit rows'),
-    'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is no injection'),
+    'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is not an injection'),
     'outside': (tensors(lambda t: t['fc.assignment'].fill_(9)), r'fc.assignment .*outside 0\.\.6'),
     'no whole numbers': (tensors(lambda t: t.update({'fc.assignment': torch.arange(5.0)})),
                          'must have an integer dtype, not torch.float'),
