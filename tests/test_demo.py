@@ -33,8 +33,8 @@ def test_the_trained_model_loads_with_one_call(output):
     model = timm_dl2pa.load_model(output / 'model')
     results = json.loads((output / 'results.json').read_text())
     assert model.label_names == [str(digit) for digit in range(10)]
-    from timm_dl2pa.demo import _images, _top1
-    _, test_set, _, _ = _images(None, 'test_resnet', seed=1)
+    from timm_dl2pa.demo import _load_images, _top1
+    _, test_set, _, _ = _load_images(None, 'test_resnet', seed=1)
     assert _top1(model, test_set, torch.device('cpu')) == results['runs'][2]['top1']
     assert model.get_classifier().assignment.tolist() != list(range(10))
 
@@ -80,5 +80,5 @@ def test_bad_options_end_in_a_line_before_training(arguments, message, tmp_path,
 @pytest.mark.parametrize('moved, text', [
     ([], '-'), ([3, 0], '3 0'), ([5, 2, 0, 0, 0], '5 2, then 0 (3 times)'), ([0, 0], '0 (2 times)'), ([4], '4')])
 def test_moves_in_the_table(moved, text):
-    from timm_dl2pa.demo import _moves
-    assert _moves(moved) == text
+    from timm_dl2pa.demo import _format_moves
+    assert _format_moves(moved) == text

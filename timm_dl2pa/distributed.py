@@ -1,4 +1,4 @@
-"""A distributed run: which process this is, sums over the processes, and one process's answer for all of them."""
+"""Distributed runs: the rank of this process, sums over all processes, and results of rank 0 for all processes."""
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,39 +21,56 @@ def rank() -> int:
 
 
 def add_over_ranks(*tensors: torch.Tensor) -> None:
-    """Replace each tensor, in place, by its sum over all processes. Outside a distributed run it does nothing."""
+    """Replace each tensor in place by its sum over all processes. Outside a distributed run nothing changes.
+
+    Args:
+        tensors: Tensors of the same shapes and dtypes in every process.
+    """
     if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def broadcast_from_rank_0(value: T, device: torch.device | None = None) -> T:
-    """Return rank 0's value, which is pickled, on every process.
+    """Return the value of rank 0 in every process.
 
     Args:
-        value: Anything that can be pickled; the other processes' values are not looked at.
-        device: Of the training. NCCL sends from there, not from whichever device is the current one.
+        value: An object that can be pickled. Its value matters on rank 0 only.
+        device: The device of the training, from which NCCL sends. Default: the current one.
+
+    Returns:
+        The value of rank 0. Outside a distributed run, `value` itself.
     """
     if not is_distributed():
         return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, device=device if device is not None and device.type == 'cuda' else None)
-    return box[0]
+    values: list[Any] = [value]
+    sender = device if device is not None and device.type == 'cuda' else None
+    dist.broadcast_object_list(values, src=0, device=sender)
+    return values[0]
 
 
 def solve_on_rank_0(function: Callable[[], T], device: torch.device | None = None) -> T:
-    """Return on every process what the function returns on rank 0, or raise its error there.
+    """Call a function on rank 0 only, and return its result, or raise its error, in every process.
 
-    The other processes do not call the function. An error is raised only after they have received it: without it they
-    would wait forever.
+    Rank 0 raises an error only after it has sent it to the other processes, which would otherwise wait forever.
+
+    Args:
+        function: Called without arguments on rank 0. Its result must be picklable.
+        device: See `broadcast_from_rank_0`.
+
+    Returns:
+        The result of the function.
+
+    Raises:
+        Exception: The error of the function, in every process.
     """
-    answer: Any = None
+    result: Any = None
     if rank() == 0:
         try:
-            answer = function()
+            result = function()
         except Exception as error:
-            answer = error
-    answer = broadcast_from_rank_0(answer, device)
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+            result = error
+    result = broadcast_from_rank_0(result, device)
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, push_head_to_hub, push_model_to_hub, wrap_dl2pa
 from timm_dl2pa.cli import main
-from timm_dl2pa.files import card as card_room
+from timm_dl2pa.files import card as card_module
 from timm_dl2pa.files.card import Facts, Training, card_files
 from timm_dl2pa.files.card_picture import plane_of
 from timm_dl2pa.timm_scripts import plugged_in
@@ -87,7 +87,7 @@ def test_nearest_classes(head):
     table = text.split('Nearest classes')[1].split('## ')[0]
     assert 'emu' not in table and r'dog\|wolf' in table  # no embedding of an emu was seen
     assert 'by their prototypes' in card_of(head, label_names=NAMES)[1]
-    with pytest.raises(ValueError, match=r'class_means must have the shape \(5, 3\), a row a class, not \(4, 3\)'):
+    with pytest.raises(ValueError, match=r'must have the shape \(5, 3\), one row for each class, not \(4, 3\)'):
         card_of(head, class_means=means[:4])
 
 
@@ -117,13 +117,13 @@ def test_the_plane_is_that_of_the_largest_spread(generator):
 def test_without_matplotlib(head, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    card_room._say.cache_clear()
+    card_module._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             files = card_files(head, 'me/name', Facts(), kind='model')
             assert list(files) == ['README.md'] and b'.png' not in files['README.md']
     assert caplog.text.count('The model card has no picture, which needs matplotlib') == 1
-    card_room._say.cache_clear()
+    card_module._warn_once.cache_clear()
 
 
 def test_long_trainings_are_shortened(head):
@@ -132,7 +132,7 @@ def test_long_trainings_are_shortened(head):
     text = card_of(head, training=Training(epoch=17, epochs=rows, history=history, settings={'lr': 0.1}))[1]
     table = [line for line in text.splitlines() if line.startswith(('|  |', '| **this**'))]
     assert '| **this** | 17 | 1 |' in table and '|  | 0 | 1 |' in table and '|  | 299 | 1 |' in table
-    assert len(table) < 14 and 'anew 300 times' in text and '| 0.2000 | 0.5000 |' in text and 'lr 0.1.' in text
+    assert len(table) < 14 and 'recomputed 300 times' in text and '| 0.2000 | 0.5000 |' in text and 'lr 0.1.' in text
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):
         assert data.eval_results[0].metric_value == pytest.approx(top1 / 100)
         assert f'| **this** | 3 | {task.losses[-1]:.4g} | {top1:.4g} |' in text
         assert 'lr 0.05' in text and 'opt sgd' in text and 'home' not in text
-        assert f'anew {len(task.assignment_scheduler.history)} times' in text
+        assert f'recomputed {len(task.assignment_scheduler.history)} times' in text
         assert 'by the mean directions of their embeddings' in text and 'prototypes.png' in hub.files('me/model')
     assert data.license == 'apache-2.0' and data.base_model is None
     # What was trained from timm's weights says so; what was not carries no licence of theirs.

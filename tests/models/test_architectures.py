@@ -192,7 +192,7 @@ def test_auxiliary_classifiers():
         F.cross_entropy(model.train()(images), torch.tensor([0, 1])).backward()
         update = scheduler.step(torch.tensor([0, 1]))  # two embeddings, though there are many patch tokens
     assert update is not None and torch.equal(model.head.assignment, model.aux_head.assignment)
-    with pytest.raises(ValueError, match="train_output='embeddings' cannot serve VOLO"):
+    with pytest.raises(ValueError, match="train_output='embeddings' does not work with VOLO"):
         wrap_dl2pa(model, 3, train_output='embeddings')
     assert model.head.train_output == 'logits'
 

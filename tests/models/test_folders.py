@@ -127,7 +127,7 @@ def test_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
 def test_bad_saves(model, tmp_path):
     with pytest.raises(ValueError, match='has no DL2PAHead'):
         save_model(timm.create_model('test_resnet'), tmp_path)
-    with pytest.raises(ValueError, match='5 names, one a class, not 3'):
+    with pytest.raises(ValueError, match='5 names, one for each class, not 3'):
         save_model(model, tmp_path, label_names=list('abc'))
     with pytest.raises(ValueError, match='was not made by timm'):
         save_model(torch.nn.Sequential(model), tmp_path)
@@ -135,7 +135,7 @@ def test_bad_saves(model, tmp_path):
         save_model(torch.compile(model), tmp_path)
     with pytest.raises(ValueError, match='JSON values'):
         save_model(model, tmp_path, model_args=dict(norm_layer=torch.nn.BatchNorm2d))
-    with pytest.raises(ValueError, match='timm cannot make'):
+    with pytest.raises(ValueError, match='timm cannot load'):
         save_model(model, tmp_path, model_args=dict(no_such_argument=1))
     with torch.no_grad():
         model.conv1[0].weight[0] = float('nan')
@@ -177,7 +177,8 @@ def test_another_number_of_classes(tmp_path, monkeypatch):
         warnings.simplefilter('always')
         again = load_model(folder, num_classes=9)
     assert [str(w.message) for w in said] == [
-        f'{folder} is a head of 4 classes, not 9: its neck is kept, prototypes and assignment start anew.']
+        f'{folder} is a model for 4 classes, not 9: its backbone and neck are kept, its prototypes and assignment are '
+        'new.']
     x = torch.randn(2, 3, 32, 32)
     assert again(x).shape == (2, 9) and again.num_classes == 9 and again.label_names is None
     assert torch.equal(again.forward_features(x), model.eval().forward_features(x)) and not again.head.training
@@ -235,61 +236,62 @@ def tensors(change, **how):
 HOSTILE = {
     'no json': (lambda f: (f / 'config.json').write_text('{'), 'config.json is damaged'),
     'deep json': (lambda f: (f / 'config.json').write_text('[' * 100000), 'config.json is damaged'),
-    'no object': (lambda f: (f / 'config.json').write_text('[]'), 'config.json is damaged: it is no JSON object'),
+    'no object': (lambda f: (f / 'config.json').write_text('[]'), 'config.json is damaged: it must hold a JSON object'),
     'garbage': (lambda f: (f / 'model.safetensors').write_bytes(b'x' * 100), 'damaged'),
     'truncated': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-9]),
                   'model.safetensors is damaged'),
     'newer': (ours(format=99), 'has the format 99, newer than this version .* install a newer one'),
-    'no format': (ours(format=None), 'names no format'),
-    'versions': (ours(versions=[1]), 'versions must not be'),
-    'digest': (ours(weights_sha256=5), 'weights_sha256 must not be 5'),
-    'no head': (ours(head=None), 'timm_dl2pa has no head'),
+    'no format': (ours(format=None), 'must state its format'),
+    'versions': (ours(versions=[1]), 'versions must be an object'),
+    'digest': (ours(weights_sha256=5), 'weights_sha256 must be a string, not 5'),
+    'no head': (ours(head=None), 'timm_dl2pa must state the config of the head'),
     'head options': (head(extra=1), 'does not know, extra'),
     'head kinds': (head(dim='3'), "dim in config.json must not be '3'"),
-    'other head': (head(neck='linear'), "neck is 'linear' by its head, and 'linear_bn' by its other"),
-    'other features': (head(in_features=95), 'in_features is 95 by its head, and 96'),
+    'other head': (head(neck='linear'), "neck is 'linear' in the config of the head, and 'linear_bn' in the"),
+    'other features': (head(in_features=95), 'in_features is 95 in the config of the head, and 96'),
     'architecture': (top(architecture='test_vit'), "its architecture is 'test_vit', not 'dl2pa'. It is a plain"),
     'a path': (top(architecture='local-dir:/etc'), 'its architecture is'),
-    'classes': (top(num_classes=10 ** 15), 'does not say, once and for all, how many|num_prototypes must be at least'),
-    'no classes': (top(num_classes='5'), 'does not say, once and for all, how many classes'),
-    'two classes': (args(num_classes=6), 'does not say, once and for all, how many classes'),
-    'label names': (top(label_names=['a']), 'label_names must be 5 names, one a class, not 1'),
+    'classes': (top(num_classes=10 ** 15), 'must state one number of classes|num_prototypes must be at least'),
+    'no classes': (top(num_classes='5'), 'must state one number of classes'),
+    'two classes': (args(num_classes=6), 'must state one number of classes'),
+    'label names': (top(label_names=['a']), 'label_names must be 5 names, one for each class, not 1'),
     'label kinds': (top(label_names=[1] * 5), 'label_names must be 5 names'),
-    'no arguments': (top(model_args=[1]), 'model_args must not be'),
-    'no backbone': (args(dl2pa_backbone=None), "must be a name of timm's registry"),
-    'unknown backbone': (args(dl2pa_backbone='evil'), "must be a name of timm's registry"),
-    'itself': (args(dl2pa_backbone='dl2pa'), "must be a name of timm's registry"),
-    'folder as backbone': (args(dl2pa_backbone='local-dir:/etc'), "must be a name of timm's registry"),
-    'repository as backbone': (args(dl2pa_backbone='hf-hub:evil/model'), "must be a name of timm's registry"),
-    'another backbone': (args(dl2pa_backbone='test_vit'), 'in_features is 96 by its head, and 64'),
-    'of the same features': (args(dl2pa_backbone='test_vit4'), 'does not fit config.json: '),
+    'no arguments': (top(model_args=[1]), 'model_args must be an object'),
+    'no backbone': (args(dl2pa_backbone=None), "must be a name in timm's registry"),
+    'unknown backbone': (args(dl2pa_backbone='evil'), "must be a name in timm's registry"),
+    'itself': (args(dl2pa_backbone='dl2pa'), "must be a name in timm's registry"),
+    'folder as backbone': (args(dl2pa_backbone='local-dir:/etc'), "must be a name in timm's registry"),
+    'repository as backbone': (args(dl2pa_backbone='hf-hub:evil/model'), "must be a name in timm's registry"),
+    'another backbone': (args(dl2pa_backbone='test_vit'), 'in_features is 96 in the config of the head, and 64'),
+    'of the same features': (args(dl2pa_backbone='test_vit4'), 'does not match config.json: '),
     'checkpoint': (args(checkpoint_path='../../secret.pth'), "checkpoint_path='../../secret.pth' cannot be among"),
     'weights': (args(pretrained=True), 'pretrained=True cannot be among'),
     'overlay': (args(pretrained_cfg_overlay={'file': '/etc/passwd'}), 'pretrained_cfg_overlay=.* cannot be among'),
     'cache': (args(cache_dir='/tmp'), "cache_dir='/tmp' cannot be among"),
     'features': (args(features_only=True), 'features_only=True cannot be among'),
     'unknown argument': (args(evil=1), "timm cannot make 'test_resnet.r160_in1k' .*evil"),
-    'huge sizes': (args(in_chans=10 ** 9), r'conv1.0.weight is .*, not \(.*1000000000'),
+    'huge sizes': (args(in_chans=10 ** 9), r'conv1.0.weight has the shape .*, not \(.*1000000000'),
     'more than there is': (args(in_chans=10 ** 30), 'timm cannot make'),
     'wrong kinds': (args(in_chans=[3]), 'timm cannot make'),
     'head size': (lambda f: [change(f) for change in (args(dl2pa_dim=10 ** 9), head(dim=10 ** 9))],
-                  r'fc.neck.0.weight is \(3, 96\), not \(1000000000, 96\)'),
-    'head kind': (args(dl2pa_dim='3'), "dl2pa_dim must not be '3'"),
-    'bool': (args(dl2pa_dim=True), 'dl2pa_dim must not be True'),
+                  r'fc.neck.0.weight has the shape \(3, 96\), not \(1000000000, 96\)'),
+    'head kind': (args(dl2pa_dim='3'), "dl2pa_dim must be int, not '3'"),
+    'bool': (args(dl2pa_dim=True), 'dl2pa_dim must be int, not True'),
     'nan': (args(dl2pa_scale=float('nan')), 'scale'),
-    'head option': (args(dl2pa_evil=1), 'dl2pa_evil must not be 1'),
-    'image size': (data(input_size=[3, 'x', 5]), 'input_size must not be'),
-    'mean': (data(mean=[float('nan')] * 3), 'mean must not be'),
-    'interpolation': (data(interpolation=5), 'interpolation must not be 5'),
+    'head option': (args(dl2pa_evil=1), 'dl2pa_evil is not an option'),
+    'image size': (data(input_size=[3, 'x', 5]), 'input_size has the wrong type'),
+    'mean': (data(mean=[float('nan')] * 3), 'mean has the wrong type, length or range'),
+    'interpolation': (data(interpolation=5), 'interpolation has the wrong type.*5'),
     'missing': (tensors(lambda t: t.pop('fc.assignment')), 'fc.assignment is missing'),
-    'more': (tensors(lambda t: t.update(evil=torch.ones(1))), 'evil is .1,., not there'),
-    'shape': (tensors(lambda t: t.update({'fc.prototypes': torch.ones(8, 3)})), r'fc.prototypes is \(8, 3\), not'),
+    'more': (tensors(lambda t: t.update(evil=torch.ones(1))), 'evil is not expected'),
+    'shape': (tensors(lambda t: t.update({'fc.prototypes': torch.ones(8, 3)})), r'has the shape \(8, 3\), not'),
     'long prototypes': (tensors(lambda t: t['fc.prototypes'].mul_(2)), 'fc.prototypes must have unit rows'),
-    'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is no injection'),
+    'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is not an injection'),
     'outside': (tensors(lambda t: t['fc.assignment'].fill_(9)), r'fc.assignment .*outside 0\.\.6'),
-    'no whole numbers': (tensors(lambda t: t.update({'fc.assignment': torch.arange(5.0)})), 'must not be torch.float'),
+    'no whole numbers': (tensors(lambda t: t.update({'fc.assignment': torch.arange(5.0)})),
+                         'must have an integer dtype, not torch.float'),
     'nan weights': (tensors(lambda t: t['conv1.0.weight'].fill_(float('nan'))), 'conv1.0.weight is not finite'),
-    'other weights': (tensors(lambda t: t['conv1.0.weight'].zero_(), keep_digest=True), 'its sha256 is another'),
+    'other weights': (tensors(lambda t: t['conv1.0.weight'].zero_(), keep_digest=True), 'its sha256 differs'),
 }
 
 
@@ -332,15 +334,15 @@ def test_a_savers_file_of_prototypes_is_not_looked_for(model, tmp_path):
 def test_missing_files_and_pickles(model, tmp_path):
     save_model(model, tmp_path / 'model')
     (tmp_path / 'model' / 'model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match=r'has no model\.safetensors: it is no folder of a DL2PA model'):
+    with pytest.raises(FileNotFoundError, match=r'has no model\.safetensors: it does not hold a DL2PA model'):
         load_model(tmp_path / 'model')
     torch.save(model.state_dict(), tmp_path / 'model' / 'pytorch_model.bin')
     for load in (load_model, lambda folder: timm.create_model(f'local-dir:{folder}', pretrained=True)):
-        with pytest.raises(ValueError, match=r'as a pickle alone \(pytorch_model\.bin\), which could run any code'):
+        with pytest.raises(ValueError, match=r'only as a pickle \(pytorch_model\.bin\), which could run any code'):
             load(tmp_path / 'model')
     with pytest.raises(FileNotFoundError, match=r'has no config\.json'):
         load_model(f'local-dir:{tmp_path}')
-    with pytest.raises(FileNotFoundError, match='no such folder, and not the name of a repository'):
+    with pytest.raises(FileNotFoundError, match='is neither a folder nor the name of a repository'):
         load_model('../no/such/folder')
     model.fc.save_pretrained(tmp_path / 'head')
     with pytest.raises(ValueError, match='a head alone: load it with load_head'):

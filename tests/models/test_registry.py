@@ -52,9 +52,9 @@ def test_create_model(model):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(dl2pa_backbone=None), 'name it'),
+    (dict(dl2pa_backbone=None), 'give its name'),
     (dict(dl2pa_loss='squared_cosine'), 'dl2pa_loss: no such option.*plugin'),
-    (dict(dl2pa_backbone='local-dir:/etc'), "must be a name of timm's registry"),
+    (dict(dl2pa_backbone='local-dir:/etc'), "must be a name in timm's registry"),
     (dict(dl2pa_dim=0), 'dim must be at least 1'),
     (dict(pretrained_cfg='a1_in1k'), "give the tag to the backbone, dl2pa_backbone='test_resnet.a1_in1k'"),
 ])
@@ -72,7 +72,7 @@ def test_local_dir(saved, caplog):
     assert not torch.equal(timm.create_model(f'local-dir:{folder}').conv1[0].weight, model.conv1[0].weight)
     with caplog.at_level(logging.WARNING):
         other = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=3)
-    assert 'its head starts anew, on the neck that was loaded' in caplog.text
+    assert 'its prototypes and assignment are new, and its neck was loaded' in caplog.text
     assert other.fc.num_classes == 3 and torch.equal(other.fc.neck[0].weight, model.fc.neck[0].weight)
     assert torch.equal(other.conv1[0].weight, model.conv1[0].weight)
     assert other(torch.randn(2, 3, 32, 32)).shape == (2, 3)

@@ -65,7 +65,7 @@ def test_files_that_are_no_good(tmp_path, said):
         state = make_model(dl2pa_dim=3).state_dict()
     state['fc.assignment'] = torch.zeros(5, dtype=torch.int64)
     torch.save(state, tmp_path / 'shared.pth')
-    assert 'is no injection' in said(tmp_path / 'shared.pth', code=2)
+    assert 'is not an injection' in said(tmp_path / 'shared.pth', code=2)
 
     class Hostile:
         def __reduce__(self):

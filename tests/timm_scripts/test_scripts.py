@@ -295,8 +295,8 @@ def test_starting_from_checkpoints(training):
     was = training.checkpoint('old')['state_dict']
     for dim, kept in ((3, True), (4, False)):
         said = training.train(f'from old {dim}', *pretrained, old, epochs=1, dim=dim)
-        assert said.count('is of a model with a DL2PA head') == 1 and 'Unexpected keys' not in said
-        assert ('its neck were taken over' in said) == kept and ('does not fit' in said) != kept
+        assert said.count('holds a model with a DL2PA head') == 1 and 'Unexpected keys' not in said
+        assert ('its neck were loaded' in said) == kept and ('does not fit' in said) != kept
         state = training.checkpoint(f'from old {dim}')['state_dict']
         assert torch.equal(state['conv1.0.weight'], was['conv1.0.weight'])
         assert torch.equal(state['fc.neck.0.weight'], was['fc.neck.0.weight']) if kept else True

@@ -492,7 +492,7 @@ def test_a_checkpoint_is_validated_and_saved_under_the_same_assignment(tmp_path)
 def test_a_checkpoint_without_our_state_starts_the_class_means_anew(caplog):
     task = ClassificationTask(make_model(dl2pa_dim=3), criterion=torch.nn.CrossEntropyLoss())
     task.load_checkpoint_state(task.get_checkpoint_state()['state_dict'], None)
-    assert 'class means and schedule start anew' in caplog.text
+    assert 'class means and schedule start from the beginning' in caplog.text
 
 
 # --- starting from files

@@ -36,7 +36,7 @@ def check_assignment(assignment: torch.Tensor, num_classes: int, num_prototypes:
     if bool((users > 1).any()):
         prototype = int(users.argmax())
         labels = (assignment == prototype).nonzero().flatten().tolist()
-        raise ValueError(f'assignment is no injection: classes {labels[0]} and {labels[1]} share the prototype '
+        raise ValueError(f'assignment is not an injection: classes {labels[0]} and {labels[1]} share the prototype '
                          f'{prototype}. The average of checkpoints with different assignments looks like this: '
                          f'average only checkpoints with the same assignment.')
 

@@ -1,1 +1,1 @@
-"""Folders and Hub repositories: two files found, read with care and replaced together; cards; uploads."""
+"""Folders and Hub repositories: config and weights are found, checked, read and replaced; model cards; uploads."""

@@ -1,4 +1,4 @@
-"""Model cards: what a person wants to know of a head, and the metadata that the Hub understands."""
+"""Model cards: a description of a head or model in Markdown, with metadata for the Hub."""
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,34 +23,35 @@ _CITATION = """```bibtex
   year={2024}
 }
 ```"""
-# Licences that the Hub has a name for, among those of timm's weights; any other is 'other', with its name.
+# The licences of timm's weights that have an identifier on the Hub. Any other is 'other', with its name.
 _LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'apple-ascl', 'apple-amlr', 'gemma')
-_ROWS = 10
+_MAX_ROWS = 10
+_MAX_LABELS = 20
 _logger = logging.getLogger(__name__)
 
 
 class Describable(Protocol):
-    """What a card needs of a head."""
+    """The attributes of a head that a card needs."""
     config: Any
     num_classes: int
     class_prototypes: torch.Tensor
 
     def current_scale(self) -> torch.Tensor:
-        """Return the factor on the cosines, ()."""
+        """Return the factor on the cosines, a scalar tensor."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Yield the parameters."""
+        """Yield the parameters of the head."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training left behind.
+    """A record of a training, for the card.
 
     Attributes:
-        epoch: Of the checkpoint.
-        epochs: For each epoch its figures by name, 'epoch' among them: the rows of timm's summary.csv.
-        settings: Arguments of the script.
-        history: The re-solves: 'epoch', 'step', 'moved', 'objective_before', 'objective' of each.
+        epoch: The epoch of the checkpoint.
+        epochs: The metrics of each epoch by name, 'epoch' among them: the rows of timm's summary.csv.
+        settings: Arguments of the training script.
+        history: The re-solves, each with 'epoch', 'step', 'moved', 'objective_before' and 'objective'.
     """
     epoch: int | None = None
     epochs: Sequence[dict[str, float]] = ()
@@ -58,26 +59,26 @@ class Training:
     history: Sequence[dict[str, Any]] = ()
 
     def curve(self) -> dict[str, list[tuple[float, float]]]:
-        """Return lines over epochs: 'train loss', 'loss', 'top-1', 'top-5', those that there are."""
-        names = {'train_loss': 'train loss', 'eval_loss': 'loss', 'eval_top1': 'top-1', 'eval_top5': 'top-5'}
-        lines = {shown: [(row['epoch'], row[name]) for row in self.epochs if name in row]
-                 for name, shown in names.items()}
-        return {shown: line for shown, line in lines.items() if line}
+        """Return the recorded curves among 'train loss', 'loss', 'top-1' and 'top-5', as points (epoch, value)."""
+        titles = {'train_loss': 'train loss', 'eval_loss': 'loss', 'eval_top1': 'top-1', 'eval_top5': 'top-5'}
+        curves = {title: [(row['epoch'], row[name]) for row in self.epochs if name in row]
+                  for name, title in titles.items()}
+        return {title: points for title, points in curves.items() if points}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card may say beside what the head itself tells.
+    """Information for a card beyond what the head itself has.
 
     Attributes:
-        backbone: Name of the timm model.
-        label_names: C names of the classes.
-        base_model: The repository that was trained further.
-        metrics: 'accuracy' and the like, as fractions.
-        license: Of the repository, as its owner says.
-        backbone_license: Of the backbone's weights, as timm says.
-        class_means: (C, d) mean directions of the classes' embeddings; zero rows are unknown.
-        training: What was trained.
+        backbone: The name of the timm model.
+        label_names: The names of the C classes.
+        base_model: The Hub repository of the model that was fine-tuned.
+        metrics: Metrics such as 'accuracy', as fractions.
+        license: The licence of the repository, given by its owner.
+        backbone_license: The licence of the backbone's pretrained weights, given by timm.
+        class_means: (C, d), the mean directions of the classes' embeddings. Rows of zeros are unknown.
+        training: The record of the training.
     """
     backbone: str | None = None
     label_names: Sequence[str] | None = None
@@ -90,62 +91,68 @@ class Facts:
 
 
 def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> dict[str, bytes]:
-    """Return the contents of the card, Markdown with YAML metadata, and of its picture, by their names.
+    """Write a model card and its picture.
 
-    Without matplotlib there is no picture.
+    The card is Markdown with YAML metadata. Without matplotlib there is no picture, and a warning is logged once.
 
     Args:
-        head: The head, or the main one of the model.
-        repo_id: 'me/name'.
-        facts: What else is known.
+        head: The head, or the main head of the model.
+        repo_id: The repository, 'user/name'.
+        facts: Further information.
         kind: 'head', 'model', or 'folded' for a plain timm model.
+
+    Returns:
+        The contents of the files by name.
+
+    Raises:
+        ValueError: `class_means` does not have a row for each class.
     """
     if facts.class_means is not None and facts.class_means.shape != head.class_prototypes.shape:
-        raise ValueError(f'class_means must have the shape {tuple(head.class_prototypes.shape)}, a row a class, not '
-                         f'{tuple(facts.class_means.shape)}.')
+        raise ValueError(f'class_means must have the shape {tuple(head.class_prototypes.shape)}, one row for each '
+                         f'class, not {tuple(facts.class_means.shape)}.')
     training = facts.training or Training()
     files = {}
     try:
         files[PICTURE_NAME] = draw_card(
             head.class_prototypes, facts.class_means, facts.label_names, training.curve())
     except ModuleNotFoundError as error:
-        _say(f'The model card has no picture, which needs {error.name}: pip install "timm-dl2pa[demo]"')
+        _warn_once(f'The model card has no picture, which needs {error.name}: pip install "timm-dl2pa[demo]"')
     parts = [
         f'---\n{_metadata(repo_id, facts, kind)}\n---',
         f'# {repo_id.rpartition("/")[2]}',
-        _what(facts, kind),
-        f'```python\n{_loading(repo_id, facts, kind)}\n```',
+        _introduction(facts, kind),
+        f'```python\n{_usage(repo_id, facts, kind)}\n```',
         _head_table(head, facts, kind),
     ]
     if facts.label_names:
-        shown = ', '.join(facts.label_names[:20])
-        more = len(facts.label_names) - 20
+        shown = ', '.join(facts.label_names[:_MAX_LABELS])
+        more = len(facts.label_names) - _MAX_LABELS
         parts.append(f'Classes: {shown}{f" and {more:,} more" if more > 0 else ""}.')
-    parts.append('## Where the classes stand')
+    parts.append('## Class prototypes')
     if files:
         means = ', and the mean directions of their embeddings in training (dots)' if facts.class_means is not None \
             else ''
-        parts.append(f'![Where the classes stand]({PICTURE_NAME})\n\n*The prototypes of the classes (stars){means}, '
-                     f'in the plane in which they spread most.*')
+        parts.append(f'![Class prototypes]({PICTURE_NAME})\n\n*The prototypes of the classes (stars){means}, '
+                     f'in the plane of their largest variance.*')
     parts.append(_nearest_table(head, facts))
     if facts.training is not None:
-        parts += _training(training, head.num_classes)
+        parts += _training_section(training, head.num_classes)
     return {CARD_NAME: ('\n\n'.join([*parts, '## Citation', _CITATION]) + '\n').encode(), **files}
 
 
 @functools.cache
-def _say(message: str) -> None:
-    """Warn, once."""
+def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
 def _metadata(repo_id: str, facts: Facts, kind: str) -> str:
+    """Return the YAML metadata for the Hub."""
     from huggingface_hub import EvalResult, ModelCardData
-    license, named = facts.license, {}
+    license, license_name = facts.license, {}
     if license is None and kind != 'head' and facts.backbone_license not in (None, 'unknown'):
         license = facts.backbone_license
         if license not in _LICENSES:
-            license, named = 'other', {'license_name': license}
+            license, license_name = 'other', {'license_name': license}
     results = [EvalResult(
         task_type='image-classification', dataset_type='unknown', dataset_name='unknown', metric_name=name,
         metric_type='accuracy' if name.endswith('accuracy') else name, metric_value=value)
@@ -159,34 +166,35 @@ def _metadata(repo_id: str, facts: Facts, kind: str) -> str:
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         model_name=repo_id.rpartition('/')[2] if results else None,
-        **named,
+        **license_name,
     ).to_yaml()
 
 
-def _what(facts: Facts, kind: str) -> str:
+def _introduction(facts: Facts, kind: str) -> str:
     if kind == 'head':
-        return f'A classifier head on fixed prototypes for a timm model: {_METHOD}. It is the head alone; the ' \
-               f'backbone is needed beside it.'
-    what = f'{facts.backbone}, trained with a classifier head on fixed prototypes: {_METHOD}.'
+        return f'A classifier head on fixed prototypes for a timm model: {_METHOD}. This is the head alone, without ' \
+               f'the backbone.'
+    text = f'{facts.backbone}, trained with a classifier head on fixed prototypes: {_METHOD}.'
     if kind == 'folded':
-        what += ' The head was folded into a linear classifier, which ranks classes as it did; probabilities differ. ' \
-                'It needs timm alone.'
-    return what
+        text += ' The head was folded into a linear classifier, which ranks the classes of every image in the same ' \
+                'order; the probabilities differ. The model needs timm alone.'
+    return text
 
 
-def _loading(repo_id: str, facts: Facts, kind: str) -> str:
+def _usage(repo_id: str, facts: Facts, kind: str) -> str:
+    """Return the Python code that loads the head or model."""
     if kind == 'head':
-        # Where it is not said, a person has to know.
         base = facts.base_model
-        made = f'timm.create_model({base.removeprefix("timm/")!r}, pretrained=True)' if base else \
+        backbone = f'timm.create_model({base.removeprefix("timm/")!r}, pretrained=True)' if base else \
             '...  # the timm model that this head was trained on'
-        return f'import timm\nfrom timm_dl2pa import wrap_dl2pa\n\nbackbone = {made}\n' \
+        return f'import timm\nfrom timm_dl2pa import wrap_dl2pa\n\nbackbone = {backbone}\n' \
                f'model = wrap_dl2pa(backbone, head={repo_id!r})'
     return 'import timm\n' + ('' if kind == 'folded' else 'import timm_dl2pa\n') + \
         f"\nmodel = timm.create_model('hf-hub:{repo_id}', pretrained=True)"
 
 
 def _head_table(head: Describable, facts: Facts, kind: str) -> str:
+    """Return a table of the head's sizes and settings, and the metrics."""
     config, scale = head.config, head.current_scale().item()
     rows: dict[str, Any] = {
         'backbone': facts.backbone or facts.base_model,
@@ -206,31 +214,33 @@ def _head_table(head: Describable, facts: Facts, kind: str) -> str:
 
 
 def _nearest_table(head: Describable, facts: Facts) -> str:
-    """The pairs of classes that stand nearest: by their means where they are known, otherwise by their prototypes."""
+    """Return a table of the nearest pairs of classes, by the class means if they are known, or by the prototypes."""
     vectors = head.class_prototypes.detach().float().cpu()
-    by = 'their prototypes'
-    known = torch.arange(head.num_classes)
+    criterion = 'their prototypes'
+    labels = torch.arange(head.num_classes)
     if facts.class_means is not None:
         means = facts.class_means.detach().float().cpu()
-        seen = (means.norm(dim=1) > 0).nonzero().flatten()
-        if len(seen) > 1:
-            by, known, vectors = 'the mean directions of their embeddings in training', seen, means[seen]
+        known = (means.norm(dim=1) > 0).nonzero().flatten()
+        if len(known) > 1:
+            criterion, labels, vectors = 'the mean directions of their embeddings in training', known, means[known]
     angles, nearest = margins(torch.nn.functional.normalize(vectors, dim=1))
-    rows, shown = [], set()
+    rows, pairs = [], set()
     for index in angles.argsort(stable=True).tolist():
-        pair = frozenset((index, nearest[index].item()))
-        if pair not in shown and len(rows) < _ROWS:
-            shown.add(pair)
-            one, other = (_name(known[place].item(), facts.label_names) for place in (index, nearest[index].item()))
-            rows.append([one, other, f'{angles[index]:.1f}'])
-    return f'Nearest classes, by {by}:\n\n' + _table(['class', 'nearest to it', 'degrees apart'], rows)
+        neighbour = nearest[index].item()
+        pair = frozenset((index, neighbour))
+        if pair not in pairs and len(rows) < _MAX_ROWS:
+            pairs.add(pair)
+            rows.append([_class_name(labels[index].item(), facts.label_names),
+                         _class_name(labels[neighbour].item(), facts.label_names), f'{angles[index]:.1f}'])
+    return f'Nearest classes, by {criterion}:\n\n' + _table(['class', 'nearest class', 'angle in degrees'], rows)
 
 
-def _name(index: int, label_names: Sequence[str] | None) -> str:
+def _class_name(index: int, label_names: Sequence[str] | None) -> str:
     return str(index) if label_names is None else f'{label_names[index]}'
 
 
-def _training(training: Training, num_classes: int) -> list[str]:
+def _training_section(training: Training, num_classes: int) -> list[str]:
+    """Return the paragraphs on the training: settings, metrics of the epochs, and re-solves."""
     parts = ['## Training']
     if training.settings:
         parts.append(', '.join(f'{name} {value}' for name, value in training.settings.items()) + '.')
@@ -239,28 +249,29 @@ def _training(training: Training, num_classes: int) -> list[str]:
     if names:
         rows = [['**this**' if row['epoch'] == training.epoch else '', int(row['epoch']),
                  *(f'{row[name]:.4g}' if name in row else '' for name in names)]
-                for row in _some(training.epochs, training.epoch)]
+                for row in _evenly_spaced(training.epochs, training.epoch)]
         parts.append(_table(['', 'epoch', *(name.replace('_', ' ') for name in names)], rows))
     if training.history:
         rows = [[entry['epoch'], entry['step'], entry['moved'],
                  f'{entry["objective_before"] / num_classes:.4f}', f'{entry["objective"] / num_classes:.4f}']
-                for entry in _some(training.history, None)]
-        parts.append(f'Classes were assigned to prototypes anew {len(training.history)} times. The objective is the '
-                     f'mean cosine of a class\'s mean direction with its prototype.\n\n'
+                for entry in _evenly_spaced(training.history, None)]
+        parts.append(f'The assignment of classes to prototypes was recomputed {len(training.history)} times. The '
+                     f'objective is the mean cosine of a class\'s mean direction with its prototype.\n\n'
                      + _table(['epoch', 'batch', 'classes moved', 'objective before', 'after'], rows))
     return parts
 
 
-def _some(rows: Sequence[dict[str, Any]], epoch: int | None) -> list[dict[str, Any]]:
-    """Return at most a dozen rows, evenly spaced: the first, the last and that of the epoch among them."""
-    if len(rows) <= _ROWS:
+def _evenly_spaced(rows: Sequence[dict[str, Any]], epoch: int | None) -> list[dict[str, Any]]:
+    """Return at most a dozen evenly spaced rows, with the first, the last and the row of the epoch among them."""
+    if len(rows) <= _MAX_ROWS:
         return list(rows)
-    chosen = {round(index * (len(rows) - 1) / (_ROWS - 1)) for index in range(_ROWS)}
+    chosen = {round(index * (len(rows) - 1) / (_MAX_ROWS - 1)) for index in range(_MAX_ROWS)}
     chosen |= {index for index, row in enumerate(rows) if row['epoch'] == epoch}
     return [rows[index] for index in sorted(chosen)]
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join('| ' + ' | '.join(' '.join(str(cell).split()).replace('|', '\\|') for cell in line) + ' |'
                      for line in lines)

@@ -1,4 +1,4 @@
-"""The picture on a model card: where the classes stand, and how training went. Needs matplotlib."""
+"""The picture on a model card: the class prototypes in a plane, and the training curves. Needs matplotlib."""
 import io
 import math
 from collections.abc import Sequence
@@ -9,20 +9,25 @@ from ..prototypes.nearest import margins
 
 __all__ = ['draw_card', 'plane_of']
 
-_NAMED = 40  # classes that are named and joined with their nearest one
+_MAX_LABELLED = 40  # with more classes, names and lines to the nearest class are left out
 
 
 def plane_of(points: torch.Tensor) -> torch.Tensor:
-    """Return two orthonormal directions (2, d), float32: those in which points (N, d) vary most.
+    """Return the plane of the largest variance of points.
 
-    With d = 2 they are the coordinates themselves; with d = 1 the second one is zero.
+    Args:
+        points: (N, d), any floating-point dtype.
+
+    Returns:
+        (2, d) float32, two orthonormal rows: the first two principal components. For d = 2 they are the coordinate
+        axes; for d = 1 the second row is zero.
     """
     dim = points.shape[1]
     if dim <= 2:
         return torch.eye(2, dim)
     values = points.float() - points.float().mean(dim=0)
     axes = torch.linalg.eigh(values.T.double() @ values.double()).eigenvectors.flip(1).T[:2].float()
-    # An eigenvector's sign means nothing: the largest entry is made positive, so that the picture is always the same.
+    # The sign of an eigenvector is arbitrary. The largest entry is made positive, so that the picture is reproducible.
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
     return axes * largest.sign()
 
@@ -33,16 +38,19 @@ def draw_card(
         label_names: Sequence[str] | None,
         curve: dict[str, list[tuple[float, float]]],
 ) -> bytes:
-    """Draw the picture, and return it as the content of a PNG file.
+    """Draw the picture of a model card.
 
     Args:
         class_prototypes: (C, d) unit rows.
-        class_means: (C, d) unit rows, zero where a class is unknown; or None.
-        label_names: C names, shown where there are few.
-        curve: By name, lines over epochs: points (epoch, value). Nothing is drawn for an empty one.
+        class_means: (C, d) unit rows, with rows of zeros for unknown classes; or None.
+        label_names: The names of the C classes, which are shown if there are few.
+        curve: The training curves by name, as points (epoch, value). Without any, the second panel is left out.
+
+    Returns:
+        The content of a PNG file.
 
     Raises:
-        ModuleNotFoundError: There is no matplotlib.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -50,29 +58,31 @@ def draw_card(
     prototypes = class_prototypes.detach().float().cpu()
     means = None if class_means is None else class_means.detach().float().cpu()
     axes = plane_of(prototypes if means is None else means)
-    places = prototypes @ axes.T
+    prototype_points = prototypes @ axes.T
     figure = Figure(figsize=(11 if curve else 6, 5), layout='constrained')
     plane = figure.add_subplot(1, 2 if curve else 1, 1, aspect='equal')
-    few = len(prototypes) <= _NAMED
+    is_labelled = len(prototypes) <= _MAX_LABELLED
     if means is not None:
-        spots = means @ axes.T
-        for begin, end in zip(spots.tolist(), places.tolist()):
-            if few:
+        mean_points = means @ axes.T
+        for begin, end in zip(mean_points.tolist(), prototype_points.tolist()):
+            if is_labelled:
                 plane.plot(*zip(begin, end), color='tab:blue', linewidth=0.6, alpha=0.6)
-        plane.scatter(*spots.T.numpy(), s=14, color='tab:blue', label='class means', zorder=3)
-    plane.scatter(*places.T.numpy(), s=40 if few else 8, marker='*', color='tab:red', label='prototypes', zorder=2)
-    if few:
+        plane.scatter(*mean_points.T.numpy(), s=14, color='tab:blue', label='class means', zorder=3)
+    plane.scatter(*prototype_points.T.numpy(), s=40 if is_labelled else 8, marker='*', color='tab:red',
+                  label='prototypes', zorder=2)
+    if is_labelled:
         known = prototypes if means is None else torch.where(means.norm(dim=1, keepdim=True) > 0, means, prototypes)
         nearest = margins(known)[1]
-        for index, place in enumerate(places):
-            plane.plot(*zip(place.tolist(), places[nearest[index]].tolist()), color='0.8', linewidth=0.6, zorder=1)
-            # No mathematics in names: matplotlib would typeset what stands between dollars.
+        for index, point in enumerate(prototype_points):
+            plane.plot(*zip(point.tolist(), prototype_points[nearest[index]].tolist()), color='0.8', linewidth=0.6,
+                       zorder=1)
+            # Without parse_math=False, matplotlib typesets text between dollar signs as a formula.
             name = str(index) if label_names is None else label_names[index][:20]
-            plane.annotate(name, place.tolist(), fontsize=7, xytext=(3, 3), textcoords='offset points',
+            plane.annotate(name, point.tolist(), fontsize=7, xytext=(3, 3), textcoords='offset points',
                            parse_math=False)
-    turn = torch.linspace(0, 2 * math.pi, 200)
-    plane.plot(turn.cos(), turn.sin(), color='0.85', linewidth=0.8, zorder=0)
-    plane.set_title(f'{len(prototypes):,} classes in {prototypes.shape[1]} dimensions, drawn in two')
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    plane.plot(angle.cos(), angle.sin(), color='0.85', linewidth=0.8, zorder=0)
+    plane.set_title(f'{len(prototypes):,} classes in {prototypes.shape[1]} dimensions, projected to a plane')
     plane.set_axis_off()
     if curve:
         left = figure.add_subplot(1, 2, 2)
@@ -80,9 +90,9 @@ def draw_card(
         for index, (name, points) in enumerate(curve.items()):
             if 'loss' not in name and right is None:
                 right = left.twinx()
-            on = left if 'loss' in name else right
-            on.plot(*zip(*points), color=f'C{index}', label=name, marker='.' if len(points) < 30 else None)
-            on.set_ylabel('loss' if on is left else 'percent')
+            axis = left if 'loss' in name else right
+            axis.plot(*zip(*points), color=f'C{index}', label=name, marker='.' if len(points) < 30 else None)
+            axis.set_ylabel('loss' if axis is left else 'percent')
         left.set_xlabel('epoch')
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(fontsize='small', loc='outside lower center', ncols=6)

@@ -1,4 +1,4 @@
-"""Weights and config, two files in a folder or a Hub repository: found, read with care, replaced together."""
+"""Config and weights, two files in a folder or a Hub repository: find, check, read and replace them."""
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ __all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
-_PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.tar')
+_PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.tar')
 
 
 def find_files(
@@ -30,21 +30,23 @@ def find_files(
         token: str | bool | None = None,
         **options: Any,
 ) -> tuple[Path, str]:
-    """Return the folder that holds config and weights, downloaded if need be, and how to call it in errors.
+    """Find the folder that holds config and weights. A Hub repository is downloaded to the cache.
 
     Args:
-        source: A folder, or the name of a repository ('me/name'; also 'hf-hub:me/name@revision' and
-            'local-dir:folder').
-        what: 'a DL2PA head' or the like, for errors.
-        revision: Branch, tag or commit of the repository.
-        token: huggingface_hub's.
-        options: Further ones of `hf_hub_download`.
+        source: A folder or a Hub repository ('user/name'; also 'hf-hub:user/name@revision' and 'local-dir:folder').
+        what: The expected content for error messages, such as 'a DL2PA head'.
+        revision: The branch, tag or commit of the repository.
+        token: The token for huggingface_hub.
+        options: Further options of `hf_hub_download`.
+
+    Returns:
+        The folder, and the name of the source for error messages.
 
     Raises:
-        FileNotFoundError: There is no such folder, or a file is missing in it.
-        ValueError: The repository lacks a file, or has its weights as a pickle alone.
-        huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and no download is kept.
-        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise.
+        FileNotFoundError: The folder does not exist, or it lacks one of the files.
+        ValueError: The repository lacks one of the files, or has its weights only as a pickle.
+        huggingface_hub.errors.LocalEntryNotFoundError: The Hub cannot be reached, and the cache has no copy.
+        huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub.
     """
     text = os.fspath(source)
     repository = text.removeprefix('hf-hub:')
@@ -53,55 +55,77 @@ def find_files(
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (Path(local) / name).is_file():
                 _refuse_pickle([path.name for path in Path(local).glob('*')], name, local)
-                raise FileNotFoundError(f'{local} has no {name}: it is no folder of {what}.')
+                raise FileNotFoundError(f'{local} has no {name}: it does not hold {what}.')
         return Path(local), local
-    repository, _, said = repository.partition('@')
+    repository, _, named_revision = repository.partition('@')
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', repository):
-        raise FileNotFoundError(f'{text}: no such folder, and not the name of a repository on the Hub (me/name).')
+        raise FileNotFoundError(f'{text} is neither a folder nor the name of a repository on the Hub (user/name).')
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    revision = revision or said or None
+    revision = revision or named_revision or None
     try:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             path = hf_hub_download(repository, name, revision=revision, token=token, library_name='timm_dl2pa',
                                    **options)
     except LocalEntryNotFoundError as error:
         cause = error.__cause__
-        why = 'local_files_only=True' if options.get('local_files_only') else \
+        reason = 'local_files_only=True' if options.get('local_files_only') else \
             'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else \
-            f'the Hub could not be asked ({type(cause).__name__}: {cause})' if cause else 'the Hub could not be asked'
-        raise LocalEntryNotFoundError(f'{repository} has no {name} among the downloads that are kept, and {why}: '
-                                      f'download it once with a connection.') from error
+            f'the request to the Hub failed ({type(cause).__name__}: {cause})' if cause else \
+            'the request to the Hub failed'
+        raise LocalEntryNotFoundError(f'The cache has no {name} of {repository}, and {reason}: download it once with '
+                                      f'a connection.') from error
     except EntryNotFoundError:
         _refuse_pickle(HfApi(token=token).list_repo_files(repository, revision=revision), name, repository)
-        raise ValueError(f'{repository} has no {name}: it is no repository of {what}.') from None
+        raise ValueError(f'{repository} has no {name}: it does not hold {what}.') from None
     return Path(path).parent, repository
 
 
 def _refuse_pickle(names: list[str], missing: str, origin: str) -> None:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    """Raise a ValueError if the missing file is the weights, and there are weights in a pickle."""
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if missing == WEIGHTS_NAME and pickles:
-        raise ValueError(f'{origin} has its weights as a pickle alone ({pickles[0]}), which could run any code and is '
+        raise ValueError(f'{origin} has its weights only as a pickle ({pickles[0]}), which could run any code and is '
                          f'not loaded. Ask its owner for {WEIGHTS_NAME}.')
 
 
 def read_config(folder: Path, origin: str) -> dict[str, Any]:
-    """Read the config, or raise a ValueError if it is no JSON object."""
+    """Read the config.
+
+    Args:
+        folder: The folder that holds `config.json`.
+        origin: The name of the source for error messages.
+
+    Returns:
+        The JSON object in the file.
+
+    Raises:
+        ValueError: The file does not hold a JSON object.
+    """
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{origin}: {CONFIG_NAME} is damaged: {error}') from None
     if not isinstance(config, dict):
-        raise ValueError(f'{origin}: {CONFIG_NAME} is damaged: it is no JSON object.')
+        raise ValueError(f'{origin}: {CONFIG_NAME} is damaged: it must hold a JSON object.')
     return config
 
 
 def check_label_names(label_names: Any, num_classes: int, where: str) -> None:
-    """Raise a ValueError unless there are C names, or None."""
+    """Check the names of the classes.
+
+    Args:
+        label_names: The value to check: a list or tuple of C strings, or None.
+        num_classes: C.
+        where: The name of the argument for error messages.
+
+    Raises:
+        ValueError: It is neither C names nor None.
+    """
     if label_names is not None and not (isinstance(label_names, (list, tuple)) and len(label_names) == num_classes
                                         and all(isinstance(name, str) for name in label_names)):
         given = len(label_names) if isinstance(label_names, (list, tuple)) else label_names
-        raise ValueError(f'{where} must be {num_classes} names, one a class, not {given!r}.')
+        raise ValueError(f'{where} must be {num_classes} names, one for each class, not {given!r}.')
 
 
 def read_tensors(
@@ -111,58 +135,81 @@ def read_tensors(
         whole_numbers: Collection[str],
         digest: str | None,
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of a safetensors file, once its header has told that they are those.
+    """Read the tensors of a safetensors file, after their names and shapes in its header have been checked.
 
     Args:
         path: The file.
-        origin: How to call it in errors.
-        shapes: What must be in it, nothing more and nothing less.
-        whole_numbers: Names of those tensors that are not floating point.
-        digest: The file's sha256; None where nobody wrote it down.
+        origin: The name of the source for error messages.
+        shapes: The shapes of all expected tensors by name.
+        whole_numbers: The names of the tensors that are not of a floating-point dtype.
+        digest: The sha256 of the file, or None if it is unknown.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
-        ValueError: It is damaged, or holds other tensors or values that are not finite.
+        ValueError: The file is damaged, it has other tensors, shapes or kinds of dtype, or a value is not finite.
     """
-    again = 'Download it again (force_download=True), or have it saved again.'
+    remedy = 'Download it again (force_download=True), or ask its owner to save it again.'
     try:
         with safe_open(path, framework='pt') as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             for name in sorted(shapes.keys() | found.keys()):
                 if shapes.get(name) != found.get(name):
-                    raise ValueError(f'{origin}: {WEIGHTS_NAME} does not fit {CONFIG_NAME}: {name} is '
-                                     f'{found.get(name, "missing")}, not {shapes.get(name, "there")}.')
+                    problem = 'is missing' if name not in found else 'is not expected' if name not in shapes else \
+                        f'has the shape {found[name]}, not {shapes[name]}'
+                    raise ValueError(f'{origin}: {WEIGHTS_NAME} does not match {CONFIG_NAME}: {name} {problem}.')
             if digest is not None and sha256_of(path) != digest:
-                raise ValueError(f'{origin}: {WEIGHTS_NAME} is not what {CONFIG_NAME} was written for (its sha256 is '
-                                 f'another). {again}')
-            # Copies: the file's tensors are views at any offset, and kernels for unaligned weights round differently.
+                raise ValueError(f'{origin}: {WEIGHTS_NAME} does not match {CONFIG_NAME}: its sha256 differs. '
+                                 f'{remedy}')
+            # Cloned, because the file's tensors are views at arbitrary offsets, and kernels for unaligned weights round
+            # differently.
             tensors = {name: file.get_tensor(name).clone() for name in found}
     except SafetensorError as error:
-        raise ValueError(f'{origin}: {WEIGHTS_NAME} is damaged: {error}. {again}') from None
+        raise ValueError(f'{origin}: {WEIGHTS_NAME} is damaged: {error}. {remedy}') from None
     check_finite(tensors, f'{origin}: {WEIGHTS_NAME}')
     for name, tensor in tensors.items():
         if tensor.is_floating_point() == (name in whole_numbers):
-            raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must not be {tensor.dtype}.')
+            expected = 'an integer' if name in whole_numbers else 'a floating-point'
+            raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must have {expected} dtype, not {tensor.dtype}.')
     return tensors
 
 
 def check_format(number: Any, newest: int, origin: str) -> None:
-    """Raise a ValueError unless a config's format is one that this version reads."""
+    """Check the format number of a config.
+
+    Args:
+        number: The value of `format` in the config.
+        newest: The newest format that this version reads.
+        origin: The name of the source for error messages.
+
+    Raises:
+        ValueError: It is not a format number, or it is newer.
+    """
     if not is_kind(number, int) or number < 1:
-        raise ValueError(f'{origin}: {CONFIG_NAME} names no format.')
+        raise ValueError(f'{origin}: {CONFIG_NAME} must state its format, a positive integer, not {number!r}.')
     if number > newest:
-        raise ValueError(f'{origin} has the format {number}, newer than this version of timm_dl2pa reads ({newest}): '
-                         f'install a newer one.')
+        raise ValueError(f'{origin} has the format {number}, newer than the formats that this version of timm_dl2pa '
+                         f'reads (up to {newest}): install a newer version.')
 
 
 def check_finite(tensors: dict[str, torch.Tensor], origin: str) -> None:
-    """Raise a ValueError that names the first tensor with values that are not finite."""
+    """Check that all floating-point tensors are finite.
+
+    Args:
+        tensors: The tensors by name.
+        origin: The name of their source for error messages.
+
+    Raises:
+        ValueError: A tensor has values that are not finite. The first one is named.
+    """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f'{origin}: {name} is not finite.')
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's content, in hexadecimal digits."""
+    """Return the sha256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(2 ** 20):
@@ -171,29 +218,35 @@ def sha256_of(path: Path) -> str:
 
 
 def replace_files(parts: dict[Path, Path]) -> None:
-    """Let each complete file (a value) take the place of its target (the key) on the same disk: all, or none.
+    """Replace several files together: all of them, or none.
 
-    Each step is atomic. If one fails, what was there before is put back.
+    Each replacement is atomic. If one fails, the earlier files are restored.
+
+    Args:
+        parts: The complete new files, by the targets that they replace. Both are on the same file system.
+
+    Raises:
+        OSError: A file cannot be replaced. All targets are as they were.
     """
-    mark = uuid.uuid4().hex
-    before = {target: target.with_name(f'{target.name}.{mark}.old') for target in parts if target.exists()}
+    unique = uuid.uuid4().hex
+    backups = {target: target.with_name(f'{target.name}.{unique}.old') for target in parts if target.exists()}
     done = []
     try:
-        for target, old in before.items():
+        for target, backup in backups.items():
             try:
-                os.link(target, old)
-            except OSError:  # a disk without hard links
-                shutil.copy2(target, old)
+                os.link(target, backup)
+            except OSError:  # a file system without hard links
+                shutil.copy2(target, backup)
         for target, part in parts.items():
             os.replace(part, target)
             done.append(target)
     except BaseException:
         for target in done:
-            if target in before:
-                os.replace(before[target], target)
+            if target in backups:
+                os.replace(backups[target], target)
             else:
                 target.unlink()
         raise
     finally:
-        for old in before.values():
-            old.unlink(missing_ok=True)
+        for backup in backups.values():
+            backup.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""SavedModule: a module by itself in a folder or a Hub repository, its tensors as safetensors, its config as JSON."""
+"""SavedModule: saves a module to a folder or a Hub repository, as safetensors with a JSON config."""
 import hashlib
 import json
 import os
@@ -33,36 +33,43 @@ _FORMAT = 1
 
 
 class SavedModule:
-    """Mixed into a module that is rebuilt from its `config` and its state dict alone.
+    """Mixin that saves, loads and uploads a module which its `config` and state dict fully describe.
 
-    A subclass names the class of its config, a frozen dataclass with `from_json` and `tensor_shapes`, and says how it
-    is made from config and tensors (`from_tensors`), how for other classes (`with_classes`), and what of it cannot be
-    saved alone (`check_saved_alone`).
+    A subclass defines the class of its config, a frozen dataclass with `from_json` and `tensor_shapes`, and three
+    methods: `from_tensors` makes the module from config and tensors, `with_classes` makes it for another number of
+    classes, and `check_saved_alone` raises a ValueError if the module cannot be saved without its model.
 
-    Class attributes:
-        config_class: Class of `config`.
-        whole_numbers: Names of the tensors that are not floating point.
+    Attributes:
+        config_class: The class of `config`.
+        whole_numbers: The names of the tensors that are not of a floating-point dtype.
+        label_names: The names of the C classes, or None.
     """
     config_class: ClassVar[type]
     whole_numbers: ClassVar[tuple[str, ...]] = ()
     label_names: list[str] | None
 
     def save_pretrained(self, folder: str | os.PathLike, *, label_names: list[str] | None = None) -> Path:
-        """Write the head to a folder, from which `load_head` makes it again.
+        """Save the head to a folder, from which `load_head` loads it.
 
-        All files are complete before the first takes the place of an older one; if that fails, the older ones come
-        back. The config names the weights' sha256.
+        The files are `model.safetensors` and `config.json`, which holds the sha256 of the weights. Both are complete
+        before they replace older files. If that fails, the older files are restored.
 
         Args:
-            folder: Made if missing.
-            label_names: C names of the classes. Default: the head's, if any.
+            folder: The folder, which is created if necessary.
+            label_names: The names of the C classes. Default: the head's, if any.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: There are not C label names, a tensor is not finite, or layers of the backbone's own classifier
-                stand before the head's neck: they belong to the model. Nothing was written.
+            ValueError: The number of label names is not C, a tensor is not finite, or layers of the backbone's original
+                classifier precede the head's neck and belong to the model. Nothing was written.
+            OSError: A file cannot be written.
+
+        Example:
+            >>> folder = head.save_pretrained('my-head', label_names=list('0123456789'))
+            >>> load_head(folder).label_names[:3]
+            ['0', '1', '2']
         """
         contents = self.file_contents(label_names)
         folder = Path(folder)
@@ -74,7 +81,16 @@ class SavedModule:
         return folder
 
     def file_contents(self, label_names: list[str] | None = None) -> dict[str, bytes]:
-        """Return the contents of the two files that hold the head, by their names. Raises what `save_pretrained` does.
+        """Return the contents of the two files that hold the head, without writing them.
+
+        Args:
+            label_names: The names of the C classes. Default: the head's, if any.
+
+        Returns:
+            The contents by file name.
+
+        Raises:
+            ValueError: See `save_pretrained`.
         """
         self.check_saved_alone()
         label_names = self.label_names if label_names is None else list(label_names)
@@ -104,30 +120,30 @@ class SavedModule:
             force_download: bool = False,
             local_files_only: bool = False,
     ) -> Any:
-        """Make the head that a folder or a repository of the Hugging Face Hub holds, in evaluation mode.
+        """Load a head from a folder or a repository of the Hugging Face Hub, in evaluation mode.
 
-        No prototypes are computed: they are in the file. Nothing is unpickled. Everything is checked before a head is
-        made.
+        The prototypes are read from the file, not computed. Nothing is unpickled. All contents are checked before the
+        head is made.
 
         Args:
-            source: A folder, or the name of a repository ('me/head', also 'hf-hub:me/head@revision' and
-                'local-dir:folder' as timm writes them).
-            num_classes: C. Default: that of the head. With another number the neck is kept and the assignment is new,
-                on new prototypes; a warning says so.
-            revision: Branch, tag or commit of the repository.
-            token: See huggingface_hub, as `cache_dir`, `force_download` and `local_files_only`.
-            cache_dir: Where downloads are kept.
-            force_download: Download also what is kept.
-            local_files_only: Take what is kept, without a connection.
+            source: A folder or a Hub repository ('user/head'; also 'hf-hub:user/head@revision' and 'local-dir:folder',
+                timm's notation).
+            num_classes: C. Default: that of the saved head. For another number the neck is kept, and prototypes and
+                assignment are new; a warning is issued.
+            revision: The branch, tag or commit of the repository.
+            token: The token for huggingface_hub. Default: the stored one.
+            cache_dir: The folder of downloads. Default: huggingface_hub's cache.
+            force_download: Whether to download files that are in the cache already.
+            local_files_only: Whether to use the cache alone, without a connection.
 
         Returns:
             The head, with `label_names` (a list of C names, or None).
 
         Raises:
-            FileNotFoundError: There is no such folder, or a file is missing in it.
-            ValueError: There are no weights in safetensors, a file is damaged or of a newer format, or the values in it
-                are no head's.
-            huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises.
+            FileNotFoundError: The folder does not exist, or it lacks one of the files.
+            ValueError: The repository has no weights in safetensors, a file is damaged or of a newer format, or its
+                values do not make a head.
+            huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached, or refuses the request.
 
         Example:
             >>> _ = head.save_pretrained('my-head')
@@ -144,8 +160,8 @@ class SavedModule:
             raise ValueError(f'{origin}: {error}') from None
         head.label_names = label_names
         if num_classes not in (None, config.num_classes):
-            warnings.warn(f'{origin} is a head of {config.num_classes} classes, not {num_classes}: its neck is kept, '
-                          f'prototypes and assignment are new.', stacklevel=2)
+            warnings.warn(f'{origin} is a head for {config.num_classes} classes, not {num_classes}: its neck is kept, '
+                          f'its prototypes and assignment are new.', stacklevel=2)
             head = head.with_classes(num_classes)
         return head.eval()
 
@@ -154,14 +170,14 @@ class SavedModule:
         """Return the head's config, the label names, and the sha256 of the weights."""
         config = read_config(folder, origin)
         if config.get('library_name') != LIBRARY or not isinstance(config.get('head'), dict):
-            raise ValueError(f'{origin}: {CONFIG_NAME} is not that of a DL2PA head. (A whole model: load it with '
-                             f"timm.create_model('hf-hub:...') or load_model.)")
+            raise ValueError(f'{origin}: {CONFIG_NAME} is not that of a DL2PA head. Load a whole model with load_model '
+                             f"or timm.create_model('hf-hub:...').")
         check_format(config.get('format'), _FORMAT, origin)
         head = cls.config_class.from_json(config['head'], f'{origin}: {CONFIG_NAME}')
         labels, digest = config.get('label_names'), config.get('weights_sha256')
         check_label_names(labels, head.num_classes, f'{origin}: label_names in {CONFIG_NAME}')
         if not isinstance(digest, str):
-            raise ValueError(f'{origin}: {CONFIG_NAME} names no weights_sha256.')
+            raise ValueError(f'{origin}: {CONFIG_NAME} must state weights_sha256, a string, not {digest!r}.')
         return head, labels, digest
 
     def push_to_hub(
@@ -179,27 +195,33 @@ class SavedModule:
             commit_message: str = 'Upload a DL2PA head',
             **upload_options: Any,
     ) -> str:
-        """Upload the head alone to a repository of the Hugging Face Hub, and return the address of the commit.
+        """Upload the head alone to a repository of the Hugging Face Hub, with a model card.
 
-        See `timm_dl2pa.push_head_to_hub`, which finds out more of the model around the head.
+        `timm_dl2pa.push_head_to_hub` takes a whole model and adds what timm knows of its backbone to the card.
 
         Args:
-            repo_id: 'me/name'.
-            label_names: C names of the classes. Default: the head's, if any.
-            base_model: For the card, the backbone's repository, if the backbone was not trained further.
-            metrics: For the card: 'accuracy' and the like, as fractions.
-            license: For the card.
-            class_means: (C, d), for the card.
-            training: For the card.
-            backbone: For the card, the name of the timm model.
-            backbone_license: For the card, of the backbone's weights.
-            commit_message: Its first line.
+            repo_id: The repository, 'user/name'.
+            label_names: The names of the C classes. Default: the head's, if any.
+            base_model: For the card: the repository of the backbone, if the backbone was not fine-tuned.
+            metrics: For the card: metrics such as 'accuracy', as fractions.
+            license: For the card: the licence of the repository.
+            class_means: For the card: (C, d), the mean directions of the classes' embeddings.
+            training: For the card: the record of the training.
+            backbone: For the card: the name of the timm model.
+            backbone_license: For the card: the licence of the backbone's pretrained weights.
+            commit_message: The first line of the commit message.
             upload_options: `private`, `token`, `revision` and `create_pr` of huggingface_hub.
 
+        Returns:
+            The URL of the commit, or of the pull request.
+
         Raises:
-            ValueError: What `save_pretrained` raises. Nothing was sent.
-            RuntimeError: The upload failed in a repository that was just made, which is left empty.
-            huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise. The repository is as it was.
+            ValueError: See `save_pretrained`. Nothing was sent.
+            RuntimeError: The upload to a new repository failed. The repository exists and is empty.
+            huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
+
+        Example:
+            >>> head.push_to_hub('user/name', metrics={'accuracy': 0.81})  # doctest: +SKIP
         """
         label_names = self.label_names if label_names is None else label_names
         contents = self.file_contents(label_names)

@@ -1,4 +1,4 @@
-"""One commit with all files to a repository of the Hugging Face Hub, or none."""
+"""Upload files to a repository of the Hugging Face Hub in one commit."""
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +18,24 @@ def upload(
         revision: str | None = None,
         create_pr: bool = False,
 ) -> str:
-    """Send files in one commit, the card only where there is none, and return the commit's address."""
+    """Upload files in one commit. The repository is created if necessary, and an existing card is kept.
+
+    Args:
+        contents: The contents, or the local files, by name in the repository.
+        repo_id: The repository, 'user/name'.
+        commit_message: The first line of the commit message.
+        private: Whether a new repository is private. Default: the user's setting on the Hub.
+        token: A token with write access. Default: the stored one.
+        revision: The branch. Default: main.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+
+    Returns:
+        The URL of the commit, or of the pull request.
+
+    Raises:
+        RuntimeError: The upload to a new repository failed. The repository exists and is empty.
+        huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
     api = HfApi(token=token, library_name='timm_dl2pa', library_version=__version__)
@@ -29,7 +46,7 @@ def upload(
         except HfHubHTTPError as error:
             if error.response.status_code != 409:
                 raise
-            is_new = False  # it exists, but cannot be seen, or its name has no owner
+            is_new = False  # it exists but is not visible, or repo_id has no owner
             repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     try:
         if not is_new and api.file_exists(repo_id, CARD_NAME, revision=revision):
@@ -40,6 +57,6 @@ def upload(
     except Exception as error:
         if not is_new:
             raise
-        raise RuntimeError(f'the repository {repo_id} was made, but the upload failed, so that it is empty: upload '
+        raise RuntimeError(f'the repository {repo_id} was created, but the upload failed, and it is empty: upload '
                            f'again, or delete it on the Hub. ({type(error).__name__}: {error})') from error
     return commit.pr_url or commit.commit_url

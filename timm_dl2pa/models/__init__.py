@@ -1,4 +1,4 @@
-"""timm models: their classifiers found, replaced and folded back; whole models saved, loaded and pushed."""
+"""timm models: replace their classifiers by DL2PA heads and fold the heads back; save, load and upload whole models."""
 from .folding import fold_dl2pa
 from .push import push_head_to_hub, push_model_to_hub
 from .saved import load_model, save_model

@@ -1,4 +1,4 @@
-"""A whole wrapped model in timm's own format: the config and weights of `timm.models.save_for_hf`, read with care."""
+"""The files of a whole wrapped model in timm's own format: write, check and read config and weights."""
 import inspect
 import json
 import math
@@ -35,34 +35,35 @@ from .wrapping import REGISTRY_NAME, backbone_name, registry_options, wrap_dl2pa
 
 __all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'read_model']
 
-# Of what is ours in timm's config, under a key of its own.
-_FORMAT = 1
+# The key of this package's part of timm's config, and the number of its format.
 _KEY = 'timm_dl2pa'
+_FORMAT = 1
 
-# What a model's config may say of its data, with the kinds of the values; the rest of timm's pretrained_cfg is the
-# backbone's, or names files.
-_SIZES = ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size')
-_DATA = {**dict.fromkeys(_SIZES, list), 'mean': list, 'std': list, 'fixed_input_size': bool, 'num_classes': int,
-         'crop_pct': (int, float), 'test_crop_pct': (int, float), 'interpolation': str, 'crop_mode': str,
-         'license': str, 'label_descriptions': dict}
-# A config's arguments may not name other weights than those beside it.
-_REFUSED = {*inspect.signature(timm.create_model).parameters, 'features_only', 'file', 'url'} - {'kwargs'}
+# The entries of timm's pretrained_cfg that concern images and labels, with the types of their values. The other entries
+# belong to the backbone or name files, and are ignored.
+_SIZE_ENTRIES = ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size')
+_DATA_ENTRIES = {
+    **dict.fromkeys(_SIZE_ENTRIES, list), 'mean': list, 'std': list, 'fixed_input_size': bool, 'num_classes': int,
+    'crop_pct': (int, float), 'test_crop_pct': (int, float), 'interpolation': str, 'crop_mode': str, 'license': str,
+    'label_descriptions': dict}
+# Arguments that a config must not have, because they could name weights other than the file beside it.
+_REFUSED_ARGUMENTS = {*inspect.signature(timm.create_model).parameters, 'features_only', 'file', 'url'} - {'kwargs'}
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What the config of a saved model says, checked.
+    """The checked contents of the config of a saved model.
 
     Attributes:
-        backbone: Name of a timm model.
-        arguments: Those that timm makes it with, beside `num_classes`.
-        options: Those of `wrap_dl2pa`, but for the prototypes, which are among the weights.
+        backbone: The name of a timm model.
+        arguments: The arguments of `timm.create_model` for the backbone, without `num_classes`.
+        options: The arguments of `wrap_dl2pa`, without the prototypes, which are among the weights.
         num_classes: C.
-        data: Of timm's pretrained_cfg, what concerns images and labels.
-        label_names: C names, or None; in `data` too, as timm has it.
-        head: The head's config, where it was written down (timm's own functions do not).
-        digest: The sha256 of the weights, likewise.
-        versions: Of what wrote it, likewise.
+        data: The entries of timm's pretrained_cfg that concern images and labels.
+        label_names: The names of the C classes, or None. They are in `data` too, as in timm.
+        head: The head's config, or None in files that timm's own functions wrote.
+        digest: The sha256 of the weights, or None in files that timm's own functions wrote.
+        versions: The versions of the packages that wrote the files; empty if timm's own functions did.
     """
     backbone: str
     arguments: dict[str, Any]
@@ -75,24 +76,28 @@ class SavedModel:
     versions: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """Make the model, with random weights and prototypes that wait for those of the file. None are computed.
+        """Make the model with random weights and placeholder prototypes. No prototypes are computed.
+
+        Returns:
+            The wrapped model.
 
         Raises:
-            ValueError: timm cannot make it.
+            ValueError: timm cannot make the model.
         """
         options = dict(self.options)
         count, dim = options.pop('num_prototypes', None) or self.num_classes, options['dim']
         try:
             model = timm.create_model(self.backbone, num_classes=self.num_classes, **self.arguments)
             wrap_dl2pa(model, **options, prototypes=torch.eye(1, dim).expand(count, -1))
-        except Exception as error:  # whatever a backbone does with arguments that it does not know
-            wrote, have, why = self.versions.get('timm'), timm.__version__, str(error).rstrip('.')
-            hint = f' It was written with timm {wrote}; this is {have}.' if wrote not in (None, have) else ''
-            raise ValueError(f'timm cannot make {self.backbone!r} of {self.num_classes} classes with the arguments '
-                             f'{self.arguments} and the head {self.options}: {why}.{hint}') from error
+        except Exception as error:  # backbones raise various errors for unknown arguments
+            writer, installed, reason = self.versions.get('timm'), timm.__version__, str(error).rstrip('.')
+            hint = f' It was written with timm {writer}; this is {installed}.' if writer not in (None, installed) \
+                else ''
+            raise ValueError(f'timm cannot make {self.backbone!r} with {self.num_classes} classes, the arguments '
+                             f'{self.arguments} and the head {self.options}: {reason}.{hint}') from error
         model._model_args = {**self.arguments, **model._model_args}
         for head in heads_of(model):
-            # Those that the config speaks of, not the ones that wait.
+            # The saved config; the head's own one describes the placeholder prototypes.
             head.config = replace(self.head or head.config, in_features=head.in_features)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **self.data, 'custom_load': False}
         model.label_names = self.label_names
@@ -100,34 +105,34 @@ class SavedModel:
 
 
 def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.Tensor]]:
-    """Read the config and the weights of a model, checked before any model is made. Nothing is unpickled.
+    """Read and check the config and the weights of a saved model. Nothing is unpickled.
 
-    The model is tried on PyTorch's meta device first, which costs no memory, whatever sizes the config asks for.
+    The model is first made on PyTorch's meta device, which takes no memory, whatever sizes the config states.
 
     Args:
-        folder: Holds the two files.
-        origin: How to call it in errors.
+        folder: The folder that holds the two files.
+        origin: The name of the source for error messages.
 
     Returns:
-        What the config says, and the tensors by their names.
+        The contents of the config, and the tensors by name.
 
     Raises:
-        ValueError: The config is not that of a DL2PA model, or of a newer format; it asks for files elsewhere; the
-            weights are damaged, not those that the config asks for, not finite, or no head's.
+        ValueError: The config is not that of a DL2PA model, is of a newer format or names other files; or the weights
+            are damaged, do not match the config, are not finite or do not make a head.
     """
-    saved = _read_saved(folder, origin)
+    saved = _read_saved_config(folder, origin)
     try:
         with torch.device('meta'):
-            plan = saved.build()
+            meta_model = saved.build()
     except ValueError as error:
         raise ValueError(f'{origin}: {error}') from error
-    _check_head(saved, plan, origin)
-    state = plan.state_dict()
+    _check_head(saved, meta_model, origin)
+    state = meta_model.state_dict()
     tensors = read_tensors(
         folder / WEIGHTS_NAME, origin, {name: tuple(tensor.shape) for name, tensor in state.items()},
         {name for name, tensor in state.items() if not tensor.is_floating_point()}, saved.digest)
     for prefix in head_prefixes(tensors):
-        config = plan.get_submodule(prefix.rstrip('.')).config
+        config = meta_model.get_submodule(prefix.rstrip('.')).config
         try:
             check_prototypes(tensors[f'{prefix}prototypes'])
             check_assignment(tensors[f'{prefix}assignment'], config.num_classes, config.num_prototypes)
@@ -136,37 +141,45 @@ def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.T
     return saved, tensors
 
 
-def _check_head(saved: SavedModel, plan: nn.Module, origin: str) -> None:
-    """Raise a ValueError unless what is said of the head twice is the same."""
+def _check_head(saved: SavedModel, meta_model: nn.Module, origin: str) -> None:
+    """Raise a ValueError if the head's config and the other entries of the config contradict each other."""
     if saved.head is None:
         return
-    in_features = heads_of(plan)[0].in_features
+    in_features = heads_of(meta_model)[0].in_features
     expected = {**registry_options(saved.head), 'in_features': saved.head.in_features,
                 'num_classes': saved.head.num_classes}
     given = {**{PREFIX + name: value for name, value in saved.options.items()}, 'in_features': in_features,
              'num_classes': saved.num_classes}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
-            raise ValueError(f'{origin}: {CONFIG_NAME} contradicts itself: {name} is {expected.get(name)!r} by its '
-                             f'head, and {given.get(name)!r} by its other values.')
+            raise ValueError(f'{origin}: {CONFIG_NAME} contradicts itself: {name} is {expected.get(name)!r} in the '
+                             f'config of the head, and {given.get(name)!r} in the other entries.')
 
 
 def check_backbone(name: Any) -> None:
-    """Raise a ValueError unless a backbone's name is one of timm's registry: no folder, no repository, not ours."""
+    """Check that the name of a backbone is in timm's registry: not a folder, a repository or the entry `dl2pa`.
+
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(name, str) or name.partition('.')[0] == REGISTRY_NAME or not timm.is_model(name):
-        raise ValueError(f'{PREFIX}backbone must be a name of timm\'s registry, as timm.list_models() has '
-                         f'them, not {name!r}.')
+        raise ValueError(f'{PREFIX}backbone must be a name in timm\'s registry (see timm.list_models()), not {name!r}.')
 
 
 def check_backbone_arguments(arguments: dict[str, Any]) -> None:
-    """Raise a ValueError if arguments of a backbone name weights, which a config could do behind its user's back."""
-    refused = sorted(name for name in arguments if name in _REFUSED or name.startswith('pretrained'))
+    """Check that the arguments of a backbone name no weights: a downloaded config must not load any other file.
+
+    Raises:
+        ValueError: One of the arguments concerns weights.
+    """
+    refused = sorted(name for name in arguments if name in _REFUSED_ARGUMENTS or name.startswith('pretrained'))
     if refused:
         raise ValueError(f'{refused[0]}={arguments[refused[0]]!r} cannot be among the arguments of a saved model: its '
-                         f'weights are those beside its {CONFIG_NAME}, and no others.')
+                         f'weights must be those beside its {CONFIG_NAME}.')
 
 
-def _read_saved(folder: Path, origin: str) -> SavedModel:
+def _read_saved_config(folder: Path, origin: str) -> SavedModel:
+    """Read and check the config of a saved model."""
     config = read_config(folder, origin)
     where = f'{origin}: {CONFIG_NAME}'
     if config.get('architecture') != REGISTRY_NAME:
@@ -176,10 +189,10 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
             if isinstance(name, str) and timm.is_model(name) else ''
         raise ValueError(f'{where} is not that of a DL2PA model: its architecture is {name!r}, '
                          f'not {REGISTRY_NAME!r}.{hint}')
-    data, arguments, ours = (config.get(name) or {} for name in ('pretrained_cfg', 'model_args', _KEY))
-    for name, value in (('pretrained_cfg', data), ('model_args', arguments), (_KEY, ours)):
+    data, arguments, package_entry = (config.get(name) or {} for name in ('pretrained_cfg', 'model_args', _KEY))
+    for name, value in (('pretrained_cfg', data), ('model_args', arguments), (_KEY, package_entry)):
         if not isinstance(value, dict):
-            raise ValueError(f'{where}: {name} must not be {value!r}.')
+            raise ValueError(f'{where}: {name} must be an object, not {value!r}.')
     arguments = dict(arguments)
     try:
         check_backbone(arguments.pop(f'{PREFIX}backbone', None))
@@ -188,33 +201,38 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
         raise ValueError(f'{where}: {error}') from None
     num_classes = config.get('num_classes', data.get('num_classes'))
     if not is_kind(num_classes, int) or arguments.pop('num_classes', num_classes) != num_classes:
-        raise ValueError(f'{where} does not say, once and for all, how many classes there are.')
+        raise ValueError(f'{where} must state one number of classes: num_classes must be an integer, and the same in '
+                         f'model_args.')
     label_names = config.get('label_names', data.get('label_names'))
     check_label_names(label_names, num_classes, f'{where}: label_names')
     options = {name.removeprefix(PREFIX): arguments.pop(name) for name in list(arguments)
                if name.startswith(PREFIX)}
-    options.pop('prototypes', None)  # a file of the one who made the model: they are among the weights
+    options.pop('prototypes', None)  # a file on the author's machine; the prototypes are among the weights
     defaults = {name: parameter.default for name, parameter in inspect.signature(wrap_dl2pa).parameters.items()}
     for name, value in options.items():
-        if name not in KINDS or name not in defaults or not (is_kind(value, KINDS[name]) or value is defaults[name]):
-            raise ValueError(f'{where}: {PREFIX}{name} must not be {value!r}.')
+        if name not in KINDS or name not in defaults:
+            raise ValueError(f'{where}: {PREFIX}{name} is not an option of wrap_dl2pa.')
+        if not (is_kind(value, KINDS[name]) or value is defaults[name]):
+            expected = ' or '.join(kind.__name__ for kind in KINDS[name])
+            raise ValueError(f'{where}: {PREFIX}{name} must be {expected}, not {value!r}.')
     head = versions = digest = None
-    if ours:
-        check_format(ours.get('format'), _FORMAT, origin)
-        if not isinstance(ours.get('head'), dict):
-            raise ValueError(f'{where}: {_KEY} has no head.')
-        head = DL2PAConfig.from_json(ours['head'], where)
-        versions, digest = ours.get('versions'), ours.get('weights_sha256')
+    if package_entry:
+        check_format(package_entry.get('format'), _FORMAT, origin)
+        if not isinstance(package_entry.get('head'), dict):
+            raise ValueError(f'{where}: {_KEY} must state the config of the head, an object, not '
+                             f'{package_entry.get("head")!r}.')
+        head = DL2PAConfig.from_json(package_entry['head'], where)
+        versions, digest = package_entry.get('versions'), package_entry.get('weights_sha256')
         if not isinstance(versions, dict) or not all(isinstance(value, str) for value in versions.values()):
-            raise ValueError(f'{where}: versions must not be {versions!r}.')
+            raise ValueError(f'{where}: versions must be an object of strings, not {versions!r}.')
         if not isinstance(digest, str | None):
-            raise ValueError(f'{where}: weights_sha256 must not be {digest!r}.')
+            raise ValueError(f'{where}: weights_sha256 must be a string, not {digest!r}.')
     return SavedModel(
         backbone=config['model_args'][f'{PREFIX}backbone'],
         arguments=arguments,
         options={'dim': defaults['dim'], **options},
         num_classes=num_classes,
-        data=_data(data, where) | {'num_classes': num_classes, 'label_names': label_names},
+        data=_checked_data(data, where) | {'num_classes': num_classes, 'label_names': label_names},
         label_names=label_names,
         head=head,
         digest=digest,
@@ -222,20 +240,20 @@ def _read_saved(folder: Path, origin: str) -> SavedModel:
     )
 
 
-def _data(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return what a pretrained_cfg says of images and labels, checked."""
-    data = {name: given[name] for name in _DATA if given.get(name) is not None}
+def _checked_data(pretrained_cfg: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the entries of a pretrained_cfg that concern images and labels, checked."""
+    data = {name: pretrained_cfg[name] for name in _DATA_ENTRIES if pretrained_cfg.get(name) is not None}
     for name, value in data.items():
         parts = value if isinstance(value, list) else [value]
-        numbers = (int,) if name in _SIZES else (int, float)
-        fine = is_kind(value, _DATA[name])
-        if name in _SIZES or name in ('mean', 'std', 'crop_pct', 'test_crop_pct'):
-            fine = fine and all(is_kind(part, numbers) and abs(part) < 10 ** 9 and math.isfinite(part)
-                                for part in parts) and 1 <= len(parts) <= 5
+        number_kinds = (int,) if name in _SIZE_ENTRIES else (int, float)
+        is_valid = is_kind(value, _DATA_ENTRIES[name])
+        if name in _SIZE_ENTRIES or name in ('mean', 'std', 'crop_pct', 'test_crop_pct'):
+            is_valid = is_valid and all(is_kind(part, number_kinds) and abs(part) < 10 ** 9 and math.isfinite(part)
+                                        for part in parts) and 1 <= len(parts) <= 5
         if name in ('input_size', 'test_input_size', 'min_input_size'):
-            fine = fine and len(parts) == 3
-        if not fine:
-            raise ValueError(f'{where}: {name} must not be {value!r}.')
+            is_valid = is_valid and len(parts) == 3
+        if not is_valid:
+            raise ValueError(f'{where}: {name} has the wrong type, length or range: {value!r}.')
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 
@@ -248,56 +266,57 @@ def model_stage(
         label_names: list[str] | None = None,
         parent: str | os.PathLike | None = None,
 ) -> Iterator[Path]:
-    """Write a model's two files to a folder that is removed again, once timm has made the same model from them.
+    """Context manager that writes a model's two files to a temporary folder, after checking that timm can load them.
 
     Args:
         model: A wrapped model, or a folded one.
-        model_args: The arguments that `timm.create_model` made the backbone with, where timm does not know them.
-        data_config: How images are prepared.
-        label_names: C names of the classes.
-        parent: Where the folder is made.
+        model_args: The arguments of `timm.create_model` for the backbone, if timm did not record them.
+        data_config: The preparation of images. Default: the model's.
+        label_names: The names of the C classes, if known.
+        parent: The folder in which the temporary folder is created. Default: the system's.
 
     Yields:
-        The folder.
+        The temporary folder, which is removed on leaving the context.
 
     Raises:
-        ValueError: timm does not know what made the model, a tensor is not finite, the number of names is not C, the
-            arguments are no JSON values, or the files make another model.
+        ValueError: The model was not made by timm, a tensor is not finite, the number of names is not C, the arguments
+            are not JSON values, or the files make another model.
     """
     if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
-                         f'make it again: save or push the head alone.')
+        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, and timm cannot load it: '
+                         f'save or push the head alone.')
     label_names = None if label_names is None else list(label_names)
     check_label_names(label_names, model.num_classes, 'label_names')
-    # Copies: safetensors takes neither shared memory nor other strides.
+    # Cloned, because safetensors refuses shared memory and tensors that are not contiguous.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     check_finite(state, 'the model')
-    with TemporaryDirectory(prefix='.part-', dir=parent) as place:
-        folder = Path(place)
+    with TemporaryDirectory(prefix='.part-', dir=parent) as stage:
+        folder = Path(stage)
         save_file(state, folder / WEIGHTS_NAME, metadata={'format': 'pt'})
-        config = _config(model, model_args or {}, data_config, label_names, folder)
-        _check_that_timm_makes_it(state, config.get('model_args', {}), folder)
+        config = _write_config(model, model_args or {}, data_config, label_names, folder)
+        _check_reloaded(state, config.get('model_args', {}), folder)
         yield folder
 
 
-def _config(
+def _write_config(
         model: nn.Module,
         model_args: dict[str, Any],
         data_config: dict[str, Any] | None,
         label_names: list[str] | None,
         folder: Path,
 ) -> dict[str, Any]:
-    """Write the config as timm does, with what is ours; return it."""
+    """Write the config in timm's format, with this package's entries, and return it."""
     heads = heads_of(model)
-    ours = {**registry_options(heads[0].config), f'{PREFIX}backbone': backbone_name(model)} if heads else {}
+    options = {**registry_options(heads[0].config), f'{PREFIX}backbone': backbone_name(model)} if heads else {}
     try:
         json.dumps(model_args)
     except TypeError as error:
         raise ValueError(f'model_args must be JSON values: {error}.') from None
-    options = {'data_config': data_config} if data_config else {}
-    if options and 'data_config' not in inspect.signature(save_config_for_hf).parameters:
+    data_arguments = {'data_config': data_config} if data_config else {}
+    if data_arguments and 'data_config' not in inspect.signature(save_config_for_hf).parameters:
         raise ValueError(f'data_config needs timm 1.0.31 or newer, not {timm.__version__}.')
-    # timm adds what it has recorded: of ours, also what concerns training and a file of prototypes.
+    # timm adds the arguments that it recorded. Those of this package may name a file of prototypes or concern training,
+    # and are overridden.
     recorded = [name for name in getattr(model, '_model_args', {}) if name.startswith(PREFIX)]
     path = folder / CONFIG_NAME
     extra: dict[str, Any] = {'label_names': label_names} if label_names else {}
@@ -308,25 +327,26 @@ def _config(
             'weights_sha256': sha256_of(folder / WEIGHTS_NAME),
             'versions': {_KEY: __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
         }
-    save_config_for_hf(model, path, model_config=extra, model_args={**dict.fromkeys(recorded), **ours, **model_args},
-                       **options)
+    save_config_for_hf(model, path, model_config=extra,
+                       model_args={**dict.fromkeys(recorded), **options, **model_args}, **data_arguments)
     config = json.loads(path.read_text(encoding='utf-8'))
     arguments = {name: value for name, value in (config.get('model_args') or {}).items()
-                 if name in ours or not name.startswith(PREFIX)}
+                 if name in options or not name.startswith(PREFIX)}
     config['model_args'] = arguments
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     return config
 
 
-def _check_that_timm_makes_it(state: dict[str, torch.Tensor], arguments: dict[str, Any], folder: Path) -> None:
-    remedy = 'Give model_args, those of timm.create_model.'
+def _check_reloaded(state: dict[str, torch.Tensor], arguments: dict[str, Any], folder: Path) -> None:
+    """Raise a ValueError unless timm loads the same tensors from the files."""
+    remedy = 'Give model_args, the arguments of timm.create_model.'
     with torch.random.fork_rng(devices=[]):
         try:
-            again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+            reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
         except Exception as error:
-            raise ValueError(f'timm cannot make the model again, with the arguments {arguments}: '
+            raise ValueError(f'timm cannot load the model from its files, with the arguments {arguments}: '
                              f'{str(error).rstrip(".")}. {remedy}') from error
-    for name in sorted(state.keys() | again.keys()):
-        if name not in state or name not in again or state[name].shape != again[name].shape or not torch.equal(
-                state[name], again[name].cpu().to(state[name].dtype)):
-            raise ValueError(f'timm makes another model, with the arguments {arguments}: {name} differs. {remedy}')
+    for name in sorted(state.keys() | reloaded.keys()):
+        if name not in state or name not in reloaded or state[name].shape != reloaded[name].shape or not torch.equal(
+                state[name], reloaded[name].cpu().to(state[name].dtype)):
+            raise ValueError(f'timm makes another model with the arguments {arguments}: {name} differs. {remedy}')

@@ -1,4 +1,4 @@
-"""Heads and models on the Hugging Face Hub: one commit with all files, or none."""
+"""Upload heads and whole models to the Hugging Face Hub, in one commit each."""
 from typing import Any
 
 import torch
@@ -34,33 +34,40 @@ def push_head_to_hub(
 ) -> str:
     """Upload a head alone, a few kilobytes to megabytes, to a repository of the Hugging Face Hub.
 
-    The repository is made if there is none. All files come in one commit. A model card, with a picture where matplotlib
-    is at hand, is added where the repository has none yet. `load_head(repo_id)` and
-    `wrap_dl2pa(backbone, head=repo_id)` bring the head back.
+    The repository is created if necessary, and all files are in one commit. If the repository has no model card yet,
+    one is added, with a picture if matplotlib is installed. `load_head(repo_id)` and `wrap_dl2pa(backbone,
+    head=repo_id)` load the head.
 
     Args:
-        model_or_head: A wrapped model, whose main head is taken, or a head.
-        repo_id: 'me/name'.
-        label_names: C names of the classes. Default: those that the head was loaded with, if any.
-        base_model: For the card, the backbone's repository, if the backbone was not trained further:
-            'timm/resnet50.a1_in1k', say.
-        metrics: For the card: 'accuracy' and the like, as fractions.
-        license: For the card: 'apache-2.0', say.
-        class_means: (C, d), for the card: `scheduler.class_means.directions()`.
-        training: For the card, see `timm_dl2pa.card.Training`.
-        commit_message: Its first line.
-        private: Whether a new repository is private. See huggingface_hub, as `token`, `revision` and `create_pr`.
-        token: A token with write access. Default: the one that `hf auth login` keeps.
+        model_or_head: A head, or a wrapped model, of which the main head is uploaded.
+        repo_id: The repository, 'user/name'.
+        label_names: The names of the C classes. Default: those that the model or head was loaded with, if any.
+        base_model: For the card: the repository of the backbone, such as 'timm/resnet50.a1_in1k', if the backbone was
+            not fine-tuned.
+        metrics: For the card: metrics such as 'accuracy', as fractions.
+        license: For the card: the licence of the repository, such as 'apache-2.0'.
+        class_means: For the card: (C, d), the mean directions of the classes' embeddings,
+            `scheduler.class_means.directions()`.
+        training: For the card: the record of the training, a `timm_dl2pa.files.card.Training`.
+        commit_message: The first line of the commit message.
+        private: Whether a new repository is private. Default: the user's setting on the Hub.
+        token: A token with write access. Default: the one stored by `hf auth login`.
         revision: The branch. Default: main.
-        create_pr: Open a pull request rather than commit.
+        create_pr: Whether to open a pull request instead of committing to the branch.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: There is no head, it is not finite, or the number of names is not C. Nothing was sent.
-        RuntimeError: The upload failed in a repository that was just made, which is left empty.
-        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise. The repository is as it was.
+        ValueError: The model has no head, a tensor is not finite, layers of the backbone's original classifier precede
+            the head's neck, or the number of names is not C. Nothing was sent.
+        RuntimeError: The upload to a new repository failed. The repository exists and is empty.
+        huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
+
+    Example:
+        >>> push_head_to_hub(model, 'user/name', metrics={'accuracy': 0.81}, license='mit')  # doctest: +SKIP
+        >>> load_head('user/name').num_classes  # doctest: +SKIP
+        10
     """
     heads = heads_of(model_or_head)
     if not heads:
@@ -94,54 +101,61 @@ def push_model_to_hub(
         revision: str | None = None,
         create_pr: bool = False,
 ) -> str:
-    """Upload backbone and head to a repository of the Hugging Face Hub, in timm's format and safetensors alone.
+    """Upload a whole wrapped model to a repository of the Hugging Face Hub, in timm's format with safetensors weights.
 
-    With timm_dl2pa imported, `timm.create_model('hf-hub:me/name', pretrained=True)` gives the same logits. Before
-    anything is sent, the model is made again from the files, and every tensor compared. A model card, with a picture
-    where matplotlib is at hand, is added where the repository has none yet.
+    With timm_dl2pa imported, `timm.create_model('hf-hub:user/name', pretrained=True)` loads the model. Before anything
+    is sent, the model is made from the files and every tensor is compared. If the repository has no model card yet, one
+    is added, with a picture if matplotlib is installed.
 
     Args:
-        model: A wrapped timm model. It stays as it is.
-        repo_id: 'me/name'.
-        folded: Upload the plain timm model of `fold_dl2pa`, which needs timm alone.
-        model_args: The arguments that `timm.create_model` made the backbone with (`img_size`, say). timm records them
-            from 1.0.31 on; earlier versions need them here.
-        data_config: How images are prepared ('input_size', 'mean', ...). Default: the model's.
-        label_names: C names of the classes. Default: those that the model was loaded with, if any.
-        base_model: For the card: what the model was trained from.
-        metrics: For the card: 'accuracy' and the like, as fractions.
-        license: For the card. Default: that of the backbone's weights, where timm says it; '' for none.
-        class_means: (C, d), for the card: `scheduler.class_means.directions()`.
-        training: For the card, see `timm_dl2pa.card.Training`.
-        commit_message: Its first line.
-        private: See `push_head_to_hub`, as `token`, `revision` and `create_pr`.
-        token: A token with write access.
-        revision: The branch.
-        create_pr: Open a pull request rather than commit.
+        model: A wrapped timm model. It is not changed.
+        repo_id: The repository, 'user/name'.
+        folded: Whether to upload the plain timm model of `fold_dl2pa`, which needs timm alone.
+        model_args: The arguments of `timm.create_model` for the backbone, such as `img_size`. timm records them since
+            1.0.31; earlier versions need them here.
+        data_config: The preparation of images ('input_size', 'mean', ...). Default: the model's.
+        label_names: The names of the C classes. Default: those that the model was loaded with, if any.
+        base_model: For the card: the repository of the model that was fine-tuned.
+        metrics: For the card: metrics such as 'accuracy', as fractions.
+        license: For the card: the licence of the repository, '' for none. Default: that of the backbone's pretrained
+            weights, if timm states it.
+        class_means: For the card: (C, d), the mean directions of the classes' embeddings,
+            `scheduler.class_means.directions()`.
+        training: For the card: the record of the training, a `timm_dl2pa.files.card.Training`.
+        commit_message: The first line of the commit message.
+        private: Whether a new repository is private. Default: the user's setting on the Hub.
+        token: A token with write access. Default: the one stored by `hf auth login`.
+        revision: The branch. Default: main.
+        create_pr: Whether to open a pull request instead of committing to the branch.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit, or of the pull request.
 
     Raises:
-        ValueError: There is no head, a tensor is not finite, the number of names is not C, or the files do not make the
-            model again. Nothing was sent.
-        RuntimeError: The upload failed in a repository that was just made, which is left empty.
-        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises otherwise. The repository is as it was.
+        ValueError: The model has no head, a tensor is not finite, the number of names is not C, or the files make
+            another model (the difference is named). Nothing was sent.
+        RuntimeError: The upload to a new repository failed. The repository exists and is empty.
+        huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
+
+    Example:
+        >>> push_model_to_hub(model, 'user/name', metrics={'accuracy': 0.81})  # doctest: +SKIP
+        >>> timm.create_model('hf-hub:user/name', pretrained=True).num_classes  # doctest: +SKIP
+        10
     """
     check_savable(model)
     label_names = label_names or getattr(model, 'label_names', None)
     check_label_names(label_names, model.num_classes, 'label_names')
-    sent = fold_dl2pa(model) if folded else model
+    uploaded = fold_dl2pa(model) if folded else model
     facts = Facts(
         backbone=backbone_name(model), label_names=label_names, base_model=base_model, metrics=metrics,
         license=license, backbone_license=_license_of(model), class_means=class_means, training=training)
     card = card_files(heads_of(model)[0], repo_id, facts, kind='folded' if folded else 'model')
-    with model_stage(sent, model_args=model_args, data_config=data_config, label_names=label_names) as stage:
+    with model_stage(uploaded, model_args=model_args, data_config=data_config, label_names=label_names) as stage:
         contents = {**{path.name: path for path in stage.iterdir()}, **card}
         return upload(contents, repo_id, commit_message=commit_message, private=private, token=token, revision=revision,
                       create_pr=create_pr)
 
 
 def _license_of(model: nn.Module) -> str | None:
-    """Return the licence of a backbone's weights, as timm says."""
+    """Return the licence of a backbone's pretrained weights, if timm states it."""
     return (getattr(model, 'pretrained_cfg', None) or {}).get('license')

@@ -1,4 +1,4 @@
-"""The entry `dl2pa` in timm's registry: wrapped models by `timm.create_model`, and by timm's own loaders."""
+"""The entry `dl2pa` in timm's registry, by which `timm.create_model` makes and loads wrapped models."""
 import inspect
 import logging
 from typing import Any
@@ -19,7 +19,8 @@ __all__ = ['dl2pa']
 
 _logger = logging.getLogger(__name__)
 
-_SOURCES = ('source', 'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
+# The entries of timm's pretrained_cfg that name the source of the weights.
+_SOURCE_ENTRIES = ('source', 'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename')
 _OPTIONS = (*names_of('head'), 'train_output')
 
 
@@ -33,72 +34,82 @@ def dl2pa(
         cache_dir: str | None = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Make a timm model with a DL2PA head: `timm.create_model('dl2pa', dl2pa_backbone='resnet50', dl2pa_dim=128)`.
+    """Make a timm model with a DL2PA head, for `timm.create_model('dl2pa', ...)`.
 
     Args:
-        pretrained: Load weights: those of a whole DL2PA model, if a config or overlay names a source (`hf-hub:` and
-            `local-dir:` names do), otherwise timm's for the backbone. Folders and repositories are read as by
-            `load_model`: from safetensors, and checked. With another number of classes than the source has, the head
-            starts anew; its neck is taken over if it fits.
-        dl2pa_backbone: Name of a timm model.
-        pretrained_cfg: timm's, of the whole model.
-        pretrained_cfg_overlay: timm's, of the whole model.
-        cache_dir: For downloads.
-        kwargs: Those named dl2pa_... are arguments of `wrap_dl2pa`; the others go to the backbone.
+        pretrained: Whether to load weights. If a config or overlay names a source (as `hf-hub:` and `local-dir:` names
+            do), they are those of a whole DL2PA model; otherwise timm's for the backbone. Folders and repositories are
+            read as by `load_model`, from checked safetensors. If the source has another number of classes, the head is
+            new, and its neck is loaded if it fits.
+        dl2pa_backbone: The name of a timm model.
+        pretrained_cfg: timm's config of the whole model.
+        pretrained_cfg_overlay: timm's changes to that config.
+        cache_dir: The folder of downloads.
+        kwargs: Arguments dl2pa_... of `wrap_dl2pa`, and arguments of the backbone.
+
+    Returns:
+        The wrapped model; with `features_only=True` the backbone alone.
 
     Raises:
-        ValueError: There is no backbone, no such option, or the weights are not those of a DL2PA model.
-        FileNotFoundError: A folder lacks a file.
+        ValueError: No backbone is given, an option is unknown, or the weights are not those of a DL2PA model.
+        FileNotFoundError: A folder lacks one of the files.
+
+    Example:
+        >>> model = timm.create_model('dl2pa', dl2pa_backbone='test_resnet', dl2pa_dim=8, num_classes=10)
+        >>> type(model).__name__, model.get_classifier().dim
+        ('ResNet', 8)
     """
     if not dl2pa_backbone:
-        raise ValueError("the model 'dl2pa' is a head on another model: name it, dl2pa_backbone='resnet50'.")
+        raise ValueError("the model 'dl2pa' needs a backbone: give its name, such as dl2pa_backbone='resnet50'.")
     if isinstance(pretrained_cfg, str):
         raise ValueError(f"'dl2pa.{pretrained_cfg}': give the tag to the backbone, "
                          f"dl2pa_backbone='{dl2pa_backbone}.{pretrained_cfg}'.")
     check_backbone(dl2pa_backbone)
-    source_args = kwargs.pop('pretrained_model_args', None) or {}  # a config's, which timm has merged with the caller's
+    source_args = kwargs.pop('pretrained_model_args', None) or {}  # from a config; timm also merged them into kwargs
     options = {name.removeprefix(PREFIX): kwargs.pop(name) for name in list(kwargs) if name.startswith(PREFIX)}
     unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
-        raise ValueError(f'{", ".join(PREFIX + name for name in unknown)}: no such option. There are '
-                         f'{", ".join(PREFIX + name for name in _OPTIONS)}. (What concerns training takes the plugin, '
+        raise ValueError(f'{", ".join(PREFIX + name for name in unknown)}: no such option. The options are '
+                         f'{", ".join(PREFIX + name for name in _OPTIONS)}. (Options of the training need the plugin, '
                          f'timm_dl2pa.plugin.)')
-    given = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
-    given.update(pretrained_cfg_overlay or {})
+    data = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
+    data.update(pretrained_cfg_overlay or {})
     check_backbone_arguments({name: value for name, value in kwargs.items() if name != 'features_only'})
     if source_args.get('dl2pa_prototypes') is not None and options.get('prototypes') == source_args['dl2pa_prototypes']:
-        del options['prototypes']  # a file that was the saver's; the points are among the weights
-    whole = pretrained and any(given.get(name) for name in _SOURCES)
-    repository = _repository(given) if whole and not kwargs.get('features_only') else None
+        del options['prototypes']  # a file on the author's machine; the prototypes are among the weights
+    load_whole_model = pretrained and any(data.get(name) for name in _SOURCE_ENTRIES)
+    repository = _repository(data) if load_whole_model and not kwargs.get('features_only') else None
     if repository:
         saved, tensors = read_model(*find_files(repository, 'a DL2PA model', cache_dir=cache_dir))
-        given = {**saved.data, **(pretrained_cfg_overlay or {}), **dict.fromkeys(_SOURCES), 'state_dict': tensors}
+        data = {**saved.data, **(pretrained_cfg_overlay or {}), **dict.fromkeys(_SOURCE_ENTRIES),
+                'state_dict': tensors}
         if kwargs.get('num_classes', saved.num_classes) != saved.num_classes:
-            given.update(label_names=None, label_descriptions=None)
+            data.update(label_names=None, label_descriptions=None)
             options = _for_other_classes(options, saved)
-    if (given.get('num_classes') or 0) > 0:  # train.py says -1 for another number than the file's
-        kwargs.setdefault('num_classes', given['num_classes'])
-    backbone = timm.create_model(dl2pa_backbone, pretrained=pretrained and not whole, cache_dir=cache_dir, **kwargs)
+    if (data.get('num_classes') or 0) > 0:  # train.py passes -1 if the file has another number of classes
+        kwargs.setdefault('num_classes', data['num_classes'])
+    backbone = timm.create_model(
+        dl2pa_backbone, pretrained=pretrained and not load_whole_model, cache_dir=cache_dir, **kwargs)
     if kwargs.get('features_only'):
-        if whole:
-            raise ValueError("features_only=True takes the backbone's weights alone. For a DL2PA model's, load the "
-                             'model and give it to timm.models.FeatureGetterNet.')
-        return backbone  # which has no classifier
-    if whole and options.get('prototypes') is None:
-        # Those of the file take their place: none need to be computed.
+        if load_whole_model:
+            raise ValueError("features_only=True takes the backbone's weights alone. For the weights of a DL2PA model, "
+                             'load the model and pass it to timm.models.FeatureGetterNet.')
+        return backbone  # without a classifier
+    if load_whole_model and options.get('prototypes') is None:
+        # Placeholders, which the prototypes of the file replace. None are computed.
         dim = options.get('dim', inspect.signature(wrap_dl2pa).parameters['dim'].default)
         count = options.get('num_prototypes') or kwargs.get('num_classes') or backbone.num_classes
         points = torch.eye(1, dim).expand(count, -1)
         model = wrap_dl2pa(backbone, **{**options, 'num_prototypes': None, 'prototypes': points})
     else:
         model = wrap_dl2pa(backbone, **options)
-    given = {name: value for name, value in given.items() if value is not None}
-    cfg = {**model.pretrained_cfg, 'tag': None, **given, 'architecture': 'dl2pa', 'custom_load': False}
-    if whole:
+    data = {name: value for name, value in data.items() if value is not None}
+    cfg = {**model.pretrained_cfg, 'tag': None, **data, 'architecture': 'dl2pa', 'custom_load': False}
+    if load_whole_model:
         load_pretrained(model, pretrained_cfg={**cfg, 'classifier': None}, num_classes=model.num_classes,
                         in_chans=kwargs.get('in_chans', 3), filter_fn=_fit_head, cache_dir=cache_dir)
     else:
-        for name in _SOURCES:
+        for name in _SOURCE_ENTRIES:
             cfg.pop(name, None)
     cfg.pop('state_dict', None)
     model.pretrained_cfg = model.default_cfg = cfg
@@ -108,18 +119,18 @@ def dl2pa(
     return model
 
 
-def _repository(given: dict[str, Any]) -> str | None:
-    """Return where a config finds its weights, if that is a folder or a repository: as `find_files` takes it."""
-    if given.get('source') == 'local-dir':
-        return f'local-dir:{given["file"]}'
-    named = given.get('source') == 'hf-hub' or not any(given.get(name) for name in ('state_dict', 'file'))
-    if not named or not given.get('hf_hub_id'):
+def _repository(data: dict[str, Any]) -> str | None:
+    """Return the folder or repository that a pretrained_cfg names, in the notation of `find_files`, or None."""
+    if data.get('source') == 'local-dir':
+        return f'local-dir:{data["file"]}'
+    is_on_hub = data.get('source') == 'hf-hub' or not any(data.get(name) for name in ('state_dict', 'file'))
+    if not is_on_hub or not data.get('hf_hub_id'):
         return None
-    return f'hf-hub:{given["hf_hub_id"]}'
+    return f'hf-hub:{data["hf_hub_id"]}'
 
 
 def _for_other_classes(options: dict[str, Any], saved: SavedModel) -> dict[str, Any]:
-    """Return the options without those that a config has for its own number of classes alone."""
+    """Return the options without those that depend on the saved model's number of classes."""
     options = dict(options)
     if options.get('num_prototypes') == saved.options.get('num_prototypes'):
         options.pop('num_prototypes', None)
@@ -129,23 +140,24 @@ def _for_other_classes(options: dict[str, Any], saved: SavedModel) -> dict[str, 
 
 
 def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Check that a state dict is a DL2PA model's; give it the model's own head if it has other classes."""
+    """Check that a state dict is that of a DL2PA model. If it has other classes, insert the model's own head."""
     sizes = {len(value) for name, value in state.items() if name.endswith('.assignment')}
     if not sizes:
-        raise ValueError("the weights are not those of a DL2PA model: they have no assignment. To load a backbone's, "
-                         'make it with timm.create_model and wrap it with wrap_dl2pa.')
+        raise ValueError('the weights are not those of a DL2PA model: they have no assignment. To load the weights of '
+                         'a backbone, make it with timm.create_model and wrap it with wrap_dl2pa.')
     if sizes == {model.num_classes}:
         return state
-    kept = True
+    neck_fits = True
     for prefix in head_prefixes(model.state_dict()):
         head = model.get_submodule(prefix.rstrip('.'))
         head.assign(head.assignment, make_prototypes(head.config.num_prototypes, head.dim, seed=head.config.seed))
-        necks = {name.removeprefix(f'{prefix}neck.'): value for name, value in state.items()
-                 if name.startswith(f'{prefix}neck.')}
-        kept = load_neck(head.neck, necks) and kept
+        neck_state = {name.removeprefix(f'{prefix}neck.'): value for name, value in state.items()
+                      if name.startswith(f'{prefix}neck.')}
+        neck_fits = load_neck(head.neck, neck_state) and neck_fits
         for name, own in head.state_dict(prefix=prefix).items():
             if not name.startswith(f'{prefix}before.') or name not in state or state[name].shape != own.shape:
                 state[name] = own
-    _logger.warning(f'the weights are of {sizes.pop()} classes, the model has {model.num_classes}: its head starts anew'
-                    + (', on the neck that was loaded.' if kept else '.'))
+    _logger.warning(f'The weights are for {sizes.pop()} classes, the model has {model.num_classes}: its prototypes and '
+                    f'assignment are new, and its neck '
+                    + ('was loaded.' if neck_fits else 'is new too, because the saved one does not fit.'))
     return state

@@ -1,4 +1,4 @@
-"""Whole models in a folder or a Hub repository, in timm's own format: saved, and loaded with care."""
+"""Save and load whole models in a folder or a Hub repository, in timm's own format."""
 import os
 import warnings
 from pathlib import Path
@@ -23,54 +23,65 @@ def save_model(
         data_config: dict[str, Any] | None = None,
         label_names: list[str] | None = None,
 ) -> Path:
-    """Write a wrapped model to a folder, from which `load_model` makes it again.
+    """Save a wrapped model to a folder, from which `load_model` loads it.
 
-    The files are `model.safetensors` and `config.json`, as timm writes them, so that with timm_dl2pa imported
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the model too. Before they take the place of older
-    ones the model is made again from them, and every tensor compared. What changes no tensor and timm does not record
-    is not noticed: name it in `model_args`.
+    The files are `model.safetensors` and `config.json` in timm's format. With timm_dl2pa imported,
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads the model too. Before the files replace older ones,
+    the model is made from them and every tensor is compared. A difference that changes no tensor and that timm does not
+    record goes unnoticed: give it in `model_args`.
 
     Args:
         model: A timm model with a DL2PA head.
-        folder: Made if missing.
-        model_args: The arguments that `timm.create_model` made the backbone with, other than its name and
-            `num_classes` (say, `dict(img_size=64, in_chans=1)`), as JSON values. timm records them from 1.0.31 on;
-            earlier versions need them here.
-        data_config: How images are prepared ('input_size', 'mean', ...). Default: the model's.
-        label_names: C names of the classes. Default: those that the model was loaded with, if any.
+        folder: The folder, which is created if necessary.
+        model_args: The arguments of `timm.create_model` for the backbone other than its name and `num_classes`, such as
+            `dict(img_size=64, in_chans=1)`, as JSON values. timm records them since 1.0.31; earlier versions need them
+            here.
+        data_config: The preparation of images ('input_size', 'mean', ...). Default: the model's.
+        label_names: The names of the C classes. Default: those that the model was loaded with, if any.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The model has no DL2PA head, is no registered timm model, cannot be made again from its name and
-            `model_args` (the difference is named), a tensor is not finite, or the number of names is not C. What was
-            in the folder is as it was.
+        ValueError: The model has no DL2PA head, it is not a registered timm model, its name and `model_args` make
+            another model (the difference is named), a tensor is not finite, or the number of names is not C. The
+            folder is unchanged.
+        OSError: A file cannot be written. The folder is unchanged.
+
+    Example:
+        >>> folder = save_model(model, 'my-model')
+        >>> loaded = load_model(folder)
+        >>> torch.equal(loaded(images), model.eval()(images))
+        True
     """
     check_savable(model)
     folder = Path(folder)
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with model_stage(model, model_args=model_args, data_config=data_config, parent=folder,
                          label_names=label_names or getattr(model, 'label_names', None)) as stage:
             replace_files({folder / part.name: part for part in sorted(stage.iterdir())})
     except BaseException:
-        if made:
+        if is_new:
             folder.rmdir()
         raise
     return folder
 
 
 def check_savable(model: nn.Module) -> None:
-    """Raise a ValueError unless a model has a DL2PA head, and timm can make it."""
+    """Check that a model has a DL2PA head and was made by timm.
+
+    Raises:
+        ValueError: It has no head, was not made by `timm.create_model`, or is the wrapper of `torch.compile`.
+    """
     if not heads_of(model):
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
     if hasattr(model, '_orig_mod'):
-        raise ValueError('model is what torch.compile made: give the model itself, model._orig_mod.')
+        raise ValueError('model is the wrapper of torch.compile: give the model itself, model._orig_mod.')
     if not backbone_name(model):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, so that timm could not '
-                         f'make it again: save or push the head alone.')
+        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, and timm cannot load it: '
+                         f'save or push the head alone.')
 
 
 def load_model(
@@ -84,31 +95,38 @@ def load_model(
         force_download: bool = False,
         local_files_only: bool = False,
 ) -> nn.Module:
-    """Make the model that a folder or a repository of the Hugging Face Hub holds, in evaluation mode.
+    """Load a wrapped model from a folder or a repository of the Hugging Face Hub, in evaluation mode.
 
-    No prototypes are computed: they are in the file. Nothing is unpickled. Everything is checked before a model is
-    made.
+    The prototypes are read from the file, not computed. Nothing is unpickled. All contents are checked before the model
+    is made.
 
     Args:
-        source: A folder that `save_model` wrote, or the name of a repository that `push_model_to_hub` made ('me/model',
-            also 'hf-hub:me/model@revision' and 'local-dir:folder' as timm writes them).
-        device: Where the model goes.
-        num_classes: C. Default: that of the model. With another number backbone and neck are kept and the assignment
-            starts anew, on new prototypes; a warning says so.
-        revision: Branch, tag or commit of the repository.
-        token: See huggingface_hub, as `cache_dir`, `force_download` and `local_files_only`.
-        cache_dir: Where downloads are kept.
-        force_download: Download also what is kept.
-        local_files_only: Take what is kept, without a connection.
+        source: A folder of `save_model`, or a Hub repository of `push_model_to_hub` ('user/model'; also
+            'hf-hub:user/model@revision' and 'local-dir:folder', timm's notation).
+        device: The device of the model.
+        num_classes: C. Default: that of the saved model. For another number the backbone and the neck are kept, and
+            prototypes and assignment are new; a warning is issued.
+        revision: The branch, tag or commit of the repository.
+        token: The token for huggingface_hub. Default: the stored one.
+        cache_dir: The folder of downloads. Default: huggingface_hub's cache.
+        force_download: Whether to download files that are in the cache already.
+        local_files_only: Whether to use the cache alone, without a connection.
 
     Returns:
-        The wrapped timm model, in the files' dtypes, with `label_names` (a list of C names, or None) as an attribute.
+        The wrapped timm model, in the dtypes of the file. Its attribute `label_names` is a list of C names or None.
 
     Raises:
-        FileNotFoundError: There is no such folder, or a file is missing in it.
-        ValueError: There are no weights in safetensors, a file is damaged or of a newer format, or they do not make a
-            DL2PA model.
-        huggingface_hub.errors.HfHubHTTPError: What huggingface_hub raises.
+        FileNotFoundError: The folder does not exist, or it lacks one of the files.
+        ValueError: The repository has no weights in safetensors, a file is damaged or of a newer format, or the files
+            do not make a DL2PA model.
+        huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached, or refuses the request.
+
+    Example:
+        >>> folder = save_model(model, 'my-model', label_names=list('0123456789'))
+        >>> loaded = load_model(folder)
+        >>> loaded.training, loaded.label_names[:3]
+        (False, ['0', '1', '2'])
+        >>> load_model('user/name', device='cuda')  # doctest: +SKIP
     """
     folder, origin = find_files(source, 'a DL2PA model', revision=revision, token=token, cache_dir=cache_dir,
                                 force_download=force_download, local_files_only=local_files_only)
@@ -121,20 +139,20 @@ def load_model(
     except RuntimeError as error:
         raise ValueError(f'{origin}: {error}') from None
     for head, config in zip(heads_of(model), configs):
-        head.config = config  # to the digit, where the buffer is rounded
+        head.config = config  # the exact scale; the buffer holds it in float32
     if num_classes not in (None, saved.num_classes):
         _change_classes(model, num_classes, origin)
     return model.to(device).eval()
 
 
 def _change_classes(model: nn.Module, num_classes: int, origin: str) -> None:
-    """Put heads for another number of classes on the necks of a model, and warn."""
-    warnings.warn(f'{origin} is a model of {model.num_classes} classes, not {num_classes}: backbone and neck are kept, '
-                  f'prototypes and assignment are new.', stacklevel=3)
-    old = iter(heads_of(model))
+    """Replace the heads of a model by heads for another number of classes on the same necks, and warn."""
+    warnings.warn(f'{origin} is a model for {model.num_classes} classes, not {num_classes}: its backbone and neck are '
+                  f'kept, its prototypes and assignment are new.', stacklevel=3)
+    old_heads = iter(heads_of(model))
 
-    def make_head(in_features: int, **place: Any) -> DL2PAHead:
-        return next(old).with_classes(num_classes)
+    def make_head(in_features: int, **factory_kwargs: Any) -> DL2PAHead:
+        return next(old_heads).with_classes(num_classes)
 
     replace_classifiers(model, make_head)
     model.label_names = None

@@ -1,4 +1,4 @@
-"""wrap_dl2pa: a timm model with its classifier replaced."""
+"""`wrap_dl2pa`: finds the classifiers of a timm model and replaces them by DL2PA heads."""
 import copy
 import inspect
 import os
@@ -15,23 +15,27 @@ from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
 from ..recipes import DEFAULT_RECIPE
 
-__all__ = ['replace_classifiers', 'wrap_dl2pa']
+__all__ = ['REGISTRY_NAME', 'RemovedLinear', 'backbone_name', 'record_registry_entry', 'registry_options',
+           'replace_classifiers', 'set_module', 'unregistered_tensors', 'wrap_dl2pa']
+
+# The name of the entry for wrapped models in timm's registry.
+REGISTRY_NAME = 'dl2pa'
 
 
 class RemovedLinear(nn.Identity):
-    """Marks, in `DL2PAHead.before`, where the last linear layer of timm's classifier was."""
+    """Placeholder, within `DL2PAHead.before`, for the removed last linear layer of timm's classifier."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one classifier of a model stands, and what its last linear layer was.
+class _ClassifierSlot:
+    """The position of a classifier in a model, and the properties of its last linear layer.
 
     Attributes:
-        path: Of the module that timm's `reset_classifier(0)` takes away: here the head goes.
-        linear: Path within it of the layer that has a row a class; '' if it is that layer itself.
-        in_features: Of that layer.
+        path: The path of the module that timm's `reset_classifier(0)` removes, and that the head replaces.
+        linear: The path, within that module, of the layer with a row for each class; '' if it is the module itself.
+        in_features: The input size of that layer.
         channels_first: Whether that layer is a 1x1 convolution.
-        auxiliary: Whether `get_classifier()` leaves it out.
+        auxiliary: Whether `get_classifier()` omits the classifier.
     """
     path: str
     linear: str
@@ -43,30 +47,40 @@ class _Place:
 def _check_has_classifier(model: nn.Module) -> None:
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
         raise ValueError(f'model ({type(model).__name__}) has no get_classifier() and reset_classifier(): wrap_dl2pa '
-                         f'takes a timm classification model. For another, put a DL2PAHead in its classifier\'s place.')
+                         f'takes a timm classification model. In another model, replace the classifier by a DL2PAHead.')
 
 
-def _timms_classifiers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield what timm calls the model's classifiers, the main one first."""
-    waiting = [type(model).get_classifier(model)]
-    while waiting:
-        found = waiting.pop(0)
+def _timm_classifiers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the classifiers that timm's own `get_classifier()` returns, the main one first."""
+    queue = [type(model).get_classifier(model)]
+    while queue:
+        found = queue.pop(0)
         if isinstance(found, nn.Module) and not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
             yield found
         elif found is not None:
-            waiting[:0] = found.values() if isinstance(found, (dict, nn.ModuleDict)) else found
+            queue[:0] = found.values() if isinstance(found, (dict, nn.ModuleDict)) else found
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
+def _meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its weights: every parameter and buffer is on the meta device."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
-    memo.update((id(tensor), tensor.detach().to('meta')) for tensor in [*model.buffers(), *loose_tensors(model)])
+    memo.update((id(tensor), tensor.detach().to('meta'))
+                for tensor in [*model.buffers(), *unregistered_tensors(model)])
     return copy.deepcopy(model, memo)
 
 
-def loose_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield tensors that modules keep beside parameters and buffers (LeViT's cache, say), which may have a history
-    that cannot be copied."""
+def unregistered_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that modules hold without registering them as parameters or buffers.
+
+    An example is LeViT's cache of attention biases. Such tensors may have an autograd history, with which deepcopy
+    fails.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        One tensor at a time. Buffers are among them.
+    """
     for module in model.modules():
         for value in vars(module).values():
             values = value.values() if isinstance(value, dict) else [value]
@@ -75,7 +89,7 @@ def loose_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _reset(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
-    """timm's own reset_classifier, whatever stands before it."""
+    """Call timm's own `reset_classifier`, also on a wrapped model."""
     type(model).reset_classifier(model, num_classes, *args, **kwargs)
 
 
@@ -83,59 +97,62 @@ def _is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
-def _find_places(model: nn.Module) -> list[_Place]:
-    """Find every classifier, the main one first, by what timm's own `reset_classifier` does to a copy.
+def _find_classifiers(model: nn.Module) -> list[_ClassifierSlot]:
+    """Find every classifier, the main one first, by the effect of timm's own `reset_classifier` on a copy.
 
-    The layers that have a row a class are those that get other rows for another number of classes, or vanish. What
-    `reset_classifier(0)` takes away is the classifier: such a layer, or the module around it (one with a batch norm
-    before the layer, say).
+    A layer has a row for each class if it gets another number of rows, or vanishes, with another number of classes. The
+    classifier is the module that `reset_classifier(0)` removes: such a layer, or a module around it (for example, with
+    a batch norm before the layer).
     """
     modules = dict(model.named_modules())
-    classifiers = list(_timms_classifiers(model))
-    unseen = 1 + max([len(p) for p in model.parameters() if p.dim()], default=0)
-    plan = _skeleton(model)
-    old = set(plan.modules())
+    classifiers = list(_timm_classifiers(model))
+    unused_size = 1 + max([len(p) for p in model.parameters() if p.dim()], default=0)
+    trial = _meta_copy(model)
+    original_modules = set(trial.modules())
     with torch.device('meta'):
-        _reset(plan, unseen)
-        other = dict(plan.named_modules())
-        _reset(plan, 0)
-    none = dict(plan.named_modules())
+        _reset(trial, unused_size)
+        resized = dict(trial.named_modules())
+        _reset(trial, 0)
+    removed = dict(trial.named_modules())
 
     order: dict[str, int] = {}
     for path, module in modules.items():
         if not _is_linear(module):
             continue
-        if path in other and (other[path] in old or len(next(other[path].parameters(), ())) != unseen):
+        if path in resized and (resized[path] in original_modules
+                                or len(next(resized[path].parameters(), ())) != unused_size):
             continue
         owner = next((i for i, classifier in enumerate(classifiers) if module in set(classifier.modules())), None)
         order[path] = len(classifiers) if owner is None else owner
-    places = []
+    slots = []
     for path in sorted(order, key=order.get):
         names = path.split('.')
-        above = ('.'.join(names[:i]) for i in range(1, len(names) + 1))
-        top = next(name for name in above if name == path or isinstance(none.get(name, nn.Identity()), nn.Identity))
+        prefixes = ('.'.join(names[:i]) for i in range(1, len(names) + 1))
+        top = next(name for name in prefixes
+                   if name == path or isinstance(removed.get(name, nn.Identity()), nn.Identity))
         layer = modules[path]
-        places.append(_Place(
+        slots.append(_ClassifierSlot(
             path=top,
             linear=path[len(top) + 1:],
             in_features=layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features,
             channels_first=isinstance(layer, nn.Conv2d),
             auxiliary=order[path] == len(classifiers),
         ))
-    if not places:
+    if not slots:
         kinds = ', '.join(type(classifier).__name__ for classifier in classifiers) or 'nothing'
         raise ValueError(f'the classifier of {type(model).__name__} is a {kinds}, which wrap_dl2pa cannot replace: it '
-                         f'replaces linear layers and 1x1 convolutions with a row for each class, which timm\'s '
-                         f'reset_classifier makes anew.')
-    return places
+                         f'replaces linear layers and 1x1 convolutions that have a row for each class and that '
+                         f'reset_classifier of timm creates.')
+    return slots
 
 
-def _is_without_classes(model: nn.Module) -> bool:
+def _has_no_classes(model: nn.Module) -> bool:
     return getattr(model, 'num_classes', None) == 0 or all(
-        isinstance(classifier, nn.Identity) for classifier in _timms_classifiers(model))
+        isinstance(classifier, nn.Identity) for classifier in _timm_classifiers(model))
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the submodule of a model at a path, such as 'head.fc'."""
     parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, module)
 
@@ -145,18 +162,24 @@ def replace_classifiers(
         make_head: Callable[..., DL2PAHead],
         num_classes: int | None = None,
 ) -> nn.Module:
-    """Put `make_head(in_features=, device=, dtype=)` in the place of each classifier, the main one first.
+    """Replace each classifier of a model by a head, the main one first, in place.
 
-    All heads are made before the first is put in place, so that an error leaves the model as it was.
+    All heads are made before the first one is inserted. An error in `make_head` leaves the model unchanged.
 
     Args:
-        model: A timm model; it may be wrapped already.
-        make_head: Makes one head.
-        num_classes: For a model without classes, which timm gives its classifier back first.
+        model: A timm model, possibly already wrapped.
+        make_head: Called with `in_features`, `device` and `dtype`; returns a head.
+        num_classes: C, for a model without classes. timm first restores its classifier with this number.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no classifier that can be replaced, or a head does not suit it.
     """
-    like = next(model.parameters())
+    reference_weight = next(model.parameters())
     heads: dict[str, DL2PAHead] = {}
-    given_back = False
+    restore_classifier = False
 
     def add(path: str, in_features: int, device: torch.device, dtype: torch.dtype, training: bool) -> DL2PAHead:
         heads[path] = make_head(in_features=in_features, device=device, dtype=dtype).train(training)
@@ -165,58 +188,60 @@ def replace_classifiers(
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, DL2PAHead)}
     if wrapped:
         for path, old in sorted(wrapped.items(), key=lambda item: item[1].auxiliary):
-            weight = next(old.neck.parameters(), like)
+            weight = next(old.neck.parameters(), reference_weight)
             head = add(path, old.in_features, weight.device, weight.dtype, old.training)
             head.before, head.channels_first, head.auxiliary = old.before, old.channels_first, old.auxiliary
     else:
-        timms, given_back = model, _is_without_classes(model)
-        if given_back:
-            timms = _skeleton(model)
+        timm_model, restore_classifier = model, _has_no_classes(model)
+        if restore_classifier:
+            timm_model = _meta_copy(model)
             with torch.device('meta'):
-                _reset(timms, num_classes)
-        places = _find_places(timms)
-        for place in places:
-            layer = model.get_submodule(f'{place.path}.{place.linear}'.strip('.')) if timms is model else None
-            weight = like if layer is None else layer.weight
-            head = add(place.path, place.in_features, weight.device, weight.dtype, (layer or model).training)
-            head.channels_first, head.auxiliary = place.channels_first, place.auxiliary
+                _reset(timm_model, num_classes)
+        slots = _find_classifiers(timm_model)
+        for slot in slots:
+            layer = model.get_submodule(f'{slot.path}.{slot.linear}'.strip('.')) if timm_model is model else None
+            weight = reference_weight if layer is None else layer.weight
+            head = add(slot.path, slot.in_features, weight.device, weight.dtype, (layer or model).training)
+            head.channels_first, head.auxiliary = slot.channels_first, slot.auxiliary
     if any(head.auxiliary and head.train_output == 'embeddings' for head in heads.values()):
-        raise ValueError(f"train_output='embeddings' cannot serve {type(model).__name__}: it adds the largest logits "
-                         f"of an auxiliary classifier to the main one's. Use train_output='logits'.")
+        raise ValueError(f"train_output='embeddings' does not work with {type(model).__name__}: the model adds the "
+                         f"largest logits of an auxiliary classifier to those of the main one. Use "
+                         f"train_output='logits'.")
 
-    if given_back:
+    if restore_classifier:
         _reset(model, num_classes)
     if not wrapped:
-        for place in places:
-            if place.linear:
-                heads[place.path].before = around = model.get_submodule(place.path)
-                set_module(around, place.linear, RemovedLinear())
+        for slot in slots:
+            if slot.linear:
+                heads[slot.path].before = classifier = model.get_submodule(slot.path)
+                set_module(classifier, slot.linear, RemovedLinear())
     for path, head in heads.items():
         set_module(model, path, head)
     main = next(iter(heads.values()))
     model.num_classes = main.num_classes
-    # As attributes of the model rather than of a class made up for it: its type stays timm's.
-    record_in_registrys_terms(model, main.config)
+    # Attributes of the instance, so that the type of the model remains timm's.
+    record_registry_entry(model, main.config)
     model.reset_classifier = _ResetClassifier(model, main.config)
     model.get_classifier = _GetClassifier(model)
     return model
 
 
-REGISTRY_NAME = 'dl2pa'
+def record_registry_entry(model: nn.Module, config: DL2PAConfig | None) -> None:
+    """Record in a model how timm's registry makes it, for timm's export functions: as the entry `dl2pa` on a backbone.
 
+    A model that timm did not make is left unchanged.
 
-def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> None:
-    """Have a model say how timm's registry makes it, as timm's own exports ask: as the entry `dl2pa` on a backbone.
-
-    Without a config, as the backbone alone. A model that timm did not make is left as it is.
+    Args:
+        model: The model. Its `pretrained_cfg`, `default_cfg` and `_model_args` are replaced.
+        config: The config of the main head; None records the backbone alone.
     """
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
         return
     arguments = dict(getattr(model, '_model_args', {}))
-    own = {name: arguments.pop(name) for name in list(arguments) if name.startswith(PREFIX)}
+    options = {name: arguments.pop(name) for name in list(arguments) if name.startswith(PREFIX)}
     tag = f'.{cfg["tag"]}' if cfg.get('tag') else ''
-    backbone = own.get('dl2pa_backbone') or cfg['architecture'] + tag
+    backbone = options.get('dl2pa_backbone') or cfg['architecture'] + tag
     if config is None:
         name, _, tag = backbone.partition('.')
         cfg = {**cfg, 'architecture': name, 'tag': tag or None}
@@ -228,7 +253,7 @@ def record_in_registrys_terms(model: nn.Module, config: DL2PAConfig | None) -> N
 
 
 def registry_options(config: DL2PAConfig) -> dict[str, Any]:
-    """Return the options that timm's registry makes a head by, but for its prototypes."""
+    """Return the dl2pa_... options, without the prototypes, with which timm's registry makes a head of this config."""
     options = {PREFIX + name: getattr(config, name) for name in names_of('head')
                if name not in ('num_prototypes', 'prototypes')}
     if config.num_prototypes != config.num_classes:
@@ -239,18 +264,18 @@ def registry_options(config: DL2PAConfig) -> dict[str, Any]:
 
 
 def backbone_name(model: nn.Module) -> str | None:
-    """Return the name, with its tag, that `timm.create_model` makes a wrapped model's backbone by; None if unknown."""
+    """Return the name of a wrapped model's backbone for `timm.create_model`, with its tag; None if it is unknown."""
     return getattr(model, '_model_args', {}).get('dl2pa_backbone')
 
 
 class _GetClassifier:
-    """`get_classifier()` of a wrapped model."""
+    """The method `get_classifier()` of a wrapped model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __call__(self) -> Any:
-        """Return the head; where timm has several classifiers, a tuple of heads, the main one first."""
+        """Return the head. For a model with several classifiers, return a tuple of heads, the main one first."""
         heads = tuple(head for head in heads_of(self.model) if not head.auxiliary)
         if not heads:  # after reset_classifier(0)
             return type(self.model).get_classifier(self.model)
@@ -258,47 +283,48 @@ class _GetClassifier:
 
 
 class _ResetClassifier:
-    """`reset_classifier(num_classes)` of a wrapped model: a new DL2PA head, or with 0 none, as in timm."""
+    """The method `reset_classifier(num_classes)` of a wrapped model. It makes a new DL2PA head, or none for 0."""
 
     def __init__(self, model: nn.Module, config: DL2PAConfig):
         self.model = model
         self.config = config
 
     def __call__(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Make a head of the same kind for another number of classes, on timm's new classifier.
+        """Make a new head with the same options for another number of classes.
 
-        Prototypes of one's own (or rotated ones) are kept if they are as many, or if there were spare ones and are
-        enough; otherwise there are `num_classes` new ones. A scale that
-        was the default for the number of classes becomes the new default.
+        Prototypes that the seed alone does not reproduce (given, moved or rotated ones) are kept if there are exactly C
+        of them, or if K was greater than the old C and is still greater than the new one. Otherwise the head gets new
+        prototypes. A scale that was the default for the old number of classes becomes the default for the new one.
 
         Args:
-            num_classes: C, at least 2; or 0 for a model without a classifier, which a later call gives a head again.
-            args, kwargs: Of timm's method (`global_pool`).
+            num_classes: C, at least 2; or 0 to remove the classifier. A later call adds a head again.
+            args: Arguments of timm's method (`global_pool`).
+            kwargs: Arguments of timm's method.
 
         Raises:
-            ValueError: It is neither. The model was not changed.
+            ValueError: `num_classes` is negative or 1. The model was not changed.
         """
         heads = heads_of(self.model)
         self.config = old = heads[0].config if heads else self.config
         if num_classes == 0:
             _reset(self.model, 0, *args, **kwargs)
-            record_in_registrys_terms(self.model, None)
+            record_registry_entry(self.model, None)
             return
         points = heads[0].prototypes if heads and old.own_prototypes else None
-        spare = old.num_prototypes > old.num_classes  # then a part of the points is meant to serve
-        if points is not None and len(points) != num_classes and not (spare and len(points) > num_classes):
+        has_spare = old.num_prototypes > old.num_classes
+        if points is not None and len(points) != num_classes and not (has_spare and len(points) > num_classes):
             points = None
         config = old.for_classes(num_classes, None if points is None else len(points))
         if points is None:
             points = make_prototypes(config.num_prototypes, config.dim, seed=config.seed)
 
-        def make_head(in_features: int, **place: Any) -> DL2PAHead:
-            return DL2PAHead.from_config(replace(config, in_features=in_features), points, **place)
+        def make_head(in_features: int, **factory_kwargs: Any) -> DL2PAHead:
+            return DL2PAHead.from_config(replace(config, in_features=in_features), points, **factory_kwargs)
 
         _reset(self.model, num_classes, *args, **kwargs)
         replace_classifiers(self.model, make_head)
         for head in heads_of(self.model):
-            head.train(self.model.training)  # timm before 1.0.31 leaves new layers in training mode
+            head.train(self.model.training)  # before 1.0.31, timm leaves new layers in training mode
 
 
 def wrap_dl2pa(
@@ -316,62 +342,67 @@ def wrap_dl2pa(
         seed: int = 0,
         head: DL2PAHead | str | os.PathLike | None = None,
 ) -> nn.Module:
-    """Replace the classifier of a timm model by a DL2PA head, in place, and return the model.
+    """Replace the classifier of a timm model by a DL2PA head, in place.
 
-    The backbone's weights are untouched; forward_features, forward_head, get_classifier (now the head),
-    reset_classifier (now a new DL2PA head), parameter groups and so on go on working. The head is made on the
-    classifier's device and, but for the prototypes (float32), in its dtype.
+    The backbone's weights are unchanged. The methods of the model keep working: forward_features, forward_head,
+    get_classifier (returns the head), reset_classifier (makes a new DL2PA head), parameter groups and so on. The head
+    is made on the classifier's device and in its dtype; its prototypes are always float32.
 
-    What is replaced is the last linear layer of timm's classifier; what else timm counts as the classifier (LeViT's
-    batch norm, MetaFormer's hidden layer) stays, as `head.before`. A model with several classifiers gets a head for
-    each, with tensors of its own, and combines their logits as it combined those of its classifiers: distilled models,
-    CrossViT and EfficientViM average them (EfficientViM with learned weights), VOLO adds half the largest logits of
-    its patch tokens.
+    Only the last linear layer of timm's classifier is replaced. Other layers of the classifier (LeViT's batch norm,
+    MetaFormer's hidden layer) are kept as `head.before`. A model with several classifiers gets a head for each, with
+    separate tensors, and combines their logits as before: distilled models, CrossViT and EfficientViM average them
+    (EfficientViM with learned weights), VOLO adds half the largest logits of its patch tokens.
 
     Args:
-        model: A timm classification model; also one without classes (`num_classes=0`) or an already wrapped one.
-        dim: d, the dimension of the embeddings, which may be far smaller than the number of classes.
-        recipe: 'placed', 'even' or 'paper': sets neck, scale and the first assignment, and what an
-            `AssignmentScheduler` of the model does.
-        num_classes: C. Default: the model's.
+        model: A timm classification model. It may have no classes (`num_classes=0`), or be wrapped already.
+        dim: d, the dimension of the embeddings. It may be much smaller than the number of classes.
+        recipe: 'placed', 'even' or 'paper'. It sets neck, scale and initial assignment, and the warm-up and class means
+            of an `AssignmentScheduler` for the model.
+        num_classes: C. Default: that of the model.
         num_prototypes: K >= C. Default: C.
-        prototypes: (K, d) unit rows of your own, or a safetensors file of them. Default: made by `make_prototypes`.
-        neck: 'linear', 'linear_bn' (batch norm after it), or 'none' where the features already have d dimensions.
-            Default: the recipe's.
-        scale: Factor on the cosines in the logits, which then is fixed. Default: learned, or by the number of classes,
-            see `default_scale`.
-        learn_scale: Make the scale a parameter. Default: the recipe's, if no scale is given.
-        train_output: 'logits', or 'embeddings' for a loss of this package at very many classes.
-        seed: Seed of the prototypes.
-        head: A trained head, or where `load_head` finds one: a folder or a repository of the Hub. The other arguments
-            then are its own. With another `num_classes` its neck is kept and the assignment starts anew.
+        prototypes: (K, d) unit rows, or the path of a safetensors file of them. Default: `make_prototypes(K, d)` with
+            the seed.
+        neck: 'linear', 'linear_bn' (with batch norm), or 'none' if the features already have d dimensions. Default: the
+            recipe's.
+        scale: A fixed factor on the cosines in the logits. Default: learned if `learn_scale`, otherwise
+            `default_scale(C)`.
+        learn_scale: Whether the scale is a parameter. Default: the recipe's, if no scale is given.
+        train_output: 'logits', or 'embeddings' to return unit embeddings in training mode, for a loss of this package
+            with very many classes.
+        seed: Seed of the prototypes, and of a random initial assignment.
+        head: A trained head, or the source of one for `load_head`: a folder or a Hub repository. It determines all
+            other arguments. With another `num_classes` its neck is kept, and prototypes and assignment are new.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: The model is no timm classification model, its classifier is of a kind that cannot be replaced, or
-            an argument is out of range. The model was not changed.
+        ValueError: The model is not a timm classification model, its classifier is of a kind that cannot be replaced,
+            an argument is out of range, or it is given together with `head`. The model was not changed.
 
     Example:
-        >>> model = wrap_dl2pa(timm.create_model('resnet50', pretrained=True, num_classes=100), dim=128)
+        >>> model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=10), dim=8)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model.get_classifier().dim
+        8
     """
     _check_has_classifier(model)
     if head is not None:
-        others = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
-                      learn_scale=learn_scale, train_output=train_output, seed=seed)
-        return _wrap_with(model, head, num_classes, dim, others)
+        options = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
+                       learn_scale=learn_scale, train_output=train_output, seed=seed)
+        return _wrap_with_head(model, head, num_classes, dim, options)
     if num_classes is None:
         num_classes = model.num_classes
         if num_classes < 1:
-            raise ValueError(f'num_classes must be given: {type(model).__name__} was made without classes.')
+            raise ValueError(f'num_classes must be given: {type(model).__name__} was created without classes.')
     first: DL2PAHead | None = None
 
-    def make_head(**place: Any) -> DL2PAHead:
+    def make_head(**factory_kwargs: Any) -> DL2PAHead:
         nonlocal first
-        if first is not None:  # the same prototypes, made once
-            config = replace(first.config, in_features=place.pop('in_features'))
-            return DL2PAHead.from_config(config, first.prototypes, **place)
+        if first is not None:  # all heads get the prototypes of the first one
+            config = replace(first.config, in_features=factory_kwargs.pop('in_features'))
+            return DL2PAHead.from_config(config, first.prototypes, **factory_kwargs)
         first = DL2PAHead(
             num_classes=num_classes,
             dim=dim,
@@ -383,39 +414,39 @@ def wrap_dl2pa(
             learn_scale=learn_scale,
             train_output=train_output,
             seed=seed,
-            **place,
+            **factory_kwargs,
         )
         return first
 
     return replace_classifiers(model, make_head, num_classes)
 
 
-def _wrap_with(
+def _wrap_with_head(
         model: nn.Module,
         head: DL2PAHead | str | os.PathLike,
         num_classes: int | None,
         dim: int,
-        others: dict[str, Any],
+        options: dict[str, Any],
 ) -> nn.Module:
-    """`wrap_dl2pa` with a trained head."""
+    """Wrap a model with a trained head. Options that differ from their defaults are refused."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(wrap_dl2pa).parameters.items()}
-    given = [name for name, value in others.items() if value is not defaults[name] and value != defaults[name]]
+    given = [name for name, value in options.items() if value is not defaults[name] and value != defaults[name]]
     origin = 'head' if isinstance(head, DL2PAHead) else os.fspath(head)
     if not isinstance(head, DL2PAHead):
         head = load_head(head)
     if dim not in (defaults['dim'], head.dim):
         given.append('dim')
     if given:
-        raise ValueError(f'{", ".join(given)} cannot be given together with head=, which has its own: leave it out.')
+        raise ValueError(f'{", ".join(given)} cannot be given together with head, which determines it: leave it out.')
     if num_classes not in (None, head.num_classes):
-        warnings.warn(f'{origin} is a head of {head.num_classes} classes, not {num_classes}: its neck is kept, '
-                      f'prototypes and assignment are new.', stacklevel=3)
+        warnings.warn(f'{origin} is a head for {head.num_classes} classes, not {num_classes}: its neck is kept, '
+                      f'its prototypes and assignment are new.', stacklevel=3)
         head = head.with_classes(num_classes)
 
     def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
         if head.in_features != in_features:
-            raise ValueError(f'head takes {head.in_features} features, but the classifier of {type(model).__name__} is '
-                             f'given {in_features}: it was trained on another backbone.')
+            raise ValueError(f'head takes {head.in_features} features, but the classifier of {type(model).__name__} '
+                             f'takes {in_features}: use a head that was trained on this backbone.')
         return copy.deepcopy(head).to(device, dtype)
 
     model = replace_classifiers(model, make_head, head.num_classes)

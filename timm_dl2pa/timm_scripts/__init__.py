@@ -1,4 +1,4 @@
-"""timm's tasks and scripts: what makes its unmodified train.py move labels between prototypes."""
+"""timm's training tasks and scripts: the plugin that lets its unmodified train.py train a DL2PA head."""
 from ..options import PluginOptions
 from .hooks import install, plugged_in, uninstall
 

@@ -1,4 +1,4 @@
-"""What `timm-dl2pa fold` and `push` make of a DL2PA model's checkpoint: a plain timm model's, a repository."""
+"""The commands `timm-dl2pa fold` and `timm-dl2pa push`: convert a checkpoint to a plain timm model, or upload it."""
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,26 @@ def load_wrapped(
         model_kwargs: dict[str, Any] | None = None,
         use_ema: bool = False,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """Make the DL2PA model of a checkpoint, in evaluation mode. No prototypes are computed.
+    """Load the DL2PA model of a checkpoint, in evaluation mode. No prototypes are computed.
 
     Args:
-        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder that `save_model` wrote.
-        model: The backbone's name. Default: what the checkpoint says.
-        model_kwargs: Further arguments of the backbone and dl2pa_... options, beside what the checkpoint says.
-        use_ema: Take the averaged weights.
+        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder of `save_model`.
+        model: The name of the backbone. Default: that in the checkpoint.
+        model_kwargs: Arguments of the backbone and dl2pa_... options, which override those in the checkpoint.
+        use_ema: Whether to load the averaged weights.
 
     Returns:
-        The model, the backbone's name, and the arguments (without `num_classes`) that timm makes the backbone with.
+        The model, the name of the backbone, and the arguments of `timm.create_model` for it, without `num_classes`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of a DL2PA model, does not say what made the model, or does not fit that.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint of a DL2PA model, it does not name the backbone, or its tensors do not
+            fit the model.
     """
     path = Path(path)
     if (path / CONFIG_NAME).is_file():  # a folder
         if use_ema:
-            raise ValueError(f'{path} has no averaged weights: save_model saves one set.')
+            raise ValueError(f'{path} has no averaged weights: save_model saves one set of weights.')
         wrapped = load_model(path)
         arguments = {name: value for name, value in wrapped._model_args.items()
                      if name != 'num_classes' and not name.startswith(PREFIX)}
@@ -55,15 +56,15 @@ def load_wrapped(
     state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
     prefix = next(iter(head_prefixes(state)), None)
     if prefix is None:
-        raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
-    said = checkpoint.get('args')
-    arguments: dict[str, Any] = {'in_chans': getattr(said, 'in_chans', None),
-                                 'global_pool': getattr(said, 'gp', None),
-                                 **(getattr(said, 'model_kwargs', None) or {}), **(model_kwargs or {})}
-    registered = arguments.pop('dl2pa_backbone', None)
-    name = model or registered or getattr(said, 'model', None)
+        raise ValueError(f'{path} has no DL2PA head: its tensors include no prototypes with an assignment.')
+    script_args = checkpoint.get('args')
+    arguments: dict[str, Any] = {'in_chans': getattr(script_args, 'in_chans', None),
+                                 'global_pool': getattr(script_args, 'gp', None),
+                                 **(getattr(script_args, 'model_kwargs', None) or {}), **(model_kwargs or {})}
+    backbone = arguments.pop('dl2pa_backbone', None)
+    name = model or backbone or getattr(script_args, 'model', None)
     if not name:
-        raise ValueError(f"{path} does not say what model it is of: give its name, --model.")
+        raise ValueError(f'{path} does not name its backbone: give --model.')
     options = PluginOptions.take(arguments) or PluginOptions()
     arguments = {key: value for key, value in arguments.items() if value is not None}
     prototypes, classes = state[prefix + 'prototypes'], len(state[prefix + 'assignment'])
@@ -81,27 +82,31 @@ def load_wrapped(
 
 
 def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = False, **source: Any) -> str:
-    """Write the state dict of the folded model, and return a line that says how to load it.
+    """Fold the model of a checkpoint and write its state dict.
 
     Args:
-        path: What `load_wrapped` takes.
-        output: A new file: .safetensors, or any other name for what `torch.save` writes.
+        path: The checkpoint, see `load_wrapped`.
+        output: The new file: in safetensors format if its suffix is .safetensors, otherwise by `torch.save`.
         normalize: See `fold_dl2pa`.
         source: Further arguments of `load_wrapped`.
 
+    Returns:
+        A line of text on how to load the file.
+
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        FileExistsError: There is such an output already.
+        FileNotFoundError: The checkpoint does not exist.
+        FileExistsError: The output exists already.
         ValueError: See `load_wrapped` and `fold_dl2pa`.
     """
     output = Path(output)
     if output.exists():
-        raise FileExistsError(f'{output} exists already.')
+        raise FileExistsError(f'{output} exists already: give the name of a new file.')
     model, name, arguments = load_wrapped(path, **source)
     classes, count = model.num_classes, len(heads_of(model))
     if count > 1 and not normalize:
-        raise ValueError(f'{name} combines the logits of {count} classifiers, so that a plain model ranks classes only '
-                         f'nearly the same: use --normalize, or fold_dl2pa with images to measure how nearly.')
+        raise ValueError(f'{name} combines the logits of {count} classifiers, so that a plain model preserves the '
+                         f'order of the classes only approximately: use --normalize, or fold_dl2pa with images, which '
+                         f'measures the agreement.')
     plain = fold_dl2pa(model, normalize=normalize)
     state = {key: value.contiguous().clone() for key, value in plain.state_dict().items()}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = F
     else:
         torch.save(state, output)
     if normalize:
-        return f'{output}: {name}, {classes} classes, with a classifier of three layers: no model of timm\'s by itself.'
+        return f'{output}: {name}, {classes} classes, with a classifier of three layers, which timm alone cannot load.'
     given = ''.join(f', {key}={value!r}' for key, value in arguments.items())
     return f'{output}: timm.create_model({name!r}, num_classes={classes}{given}, checkpoint_path={str(output)!r})'
 
@@ -126,20 +131,28 @@ def push_checkpoint(
         model_kwargs: dict[str, Any] | None = None,
         **upload: Any,
 ) -> str:
-    """Upload the model of a checkpoint to the Hub, and return the commit's address.
+    """Upload the model of a checkpoint to the Hub.
 
-    The card shows what the checkpoint, and the files summary.csv and args.yaml beside it, say of the training.
+    The model card shows the record of the training in the checkpoint and in the files summary.csv and args.yaml beside
+    it.
 
     Args:
-        path: What `load_wrapped` takes, as `use_ema`, `model` and `model_kwargs`.
-        repo_id: 'me/name'.
-        head_only: The head alone.
-        folded: The plain timm model.
-        upload: Arguments of `push_model_to_hub` and `push_head_to_hub`.
+        path: The checkpoint, see `load_wrapped`.
+        repo_id: The repository, 'user/name'.
+        head_only: Whether to upload the head alone.
+        folded: Whether to upload the folded model, a plain timm model.
+        use_ema: See `load_wrapped`.
+        model: See `load_wrapped`.
+        model_kwargs: See `load_wrapped`.
+        upload: Arguments of `push_model_to_hub` or `push_head_to_hub`.
+
+    Returns:
+        The URL of the commit, or of the pull request.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: See `load_wrapped`, `push_model_to_hub` and `push_head_to_hub`.
+        RuntimeError: See `push_model_to_hub`.
     """
     wrapped, _, arguments = load_wrapped(path, use_ema=use_ema, model=model, model_kwargs=model_kwargs)
     path = Path(path)
@@ -150,12 +163,13 @@ def push_checkpoint(
             upload.setdefault('training', training)
         upload.setdefault('metrics', metrics_of(training, checkpoint, use_ema))
         upload.setdefault('class_means', class_means_of(checkpoint))
-        said = checkpoint.get('args')
+        script_args = checkpoint.get('args')
         weights = wrapped.pretrained_cfg.get('hf_hub_id') or ''
-        if getattr(said, 'pretrained', False) and weights.startswith('timm/') and upload.get('base_model') is None:
+        is_pretrained = getattr(script_args, 'pretrained', None)
+        if is_pretrained and weights.startswith('timm/') and upload.get('base_model') is None:
             upload['base_model'] = weights
-        if getattr(said, 'pretrained', None) is False and upload.get('license') is None:
-            upload['license'] = ''  # timm's weights took no part
+        if is_pretrained is False and upload.get('license') is None:
+            upload['license'] = ''  # trained from scratch: the licence of timm's weights does not apply
     if head_only:
         return push_head_to_hub(wrapped, repo_id, **upload)
     return push_model_to_hub(wrapped, repo_id, folded=folded, model_args=arguments, **upload)

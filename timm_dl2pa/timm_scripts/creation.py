@@ -1,4 +1,4 @@
-"""Model creation: `timm.create_model(..., dl2pa_dim=128)` makes a wrapped model."""
+"""Model creation: with the plugin, `timm.create_model(..., dl2pa_dim=128)` makes a wrapped model."""
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,31 +17,34 @@ __all__ = ['create_registered', 'create_wrapped', 'plugin_options']
 
 _logger = logging.getLogger(__name__)
 
-_ATTRIBUTE = 'dl2pa_options'
+_OPTIONS_ATTRIBUTE = 'dl2pa_options'
 
 
 def plugin_options(model: nn.Module) -> PluginOptions | None:
     """Return the options that a model was created with, or None for any other model."""
-    return getattr(model, _ATTRIBUTE, None)
+    return getattr(model, _OPTIONS_ATTRIBUTE, None)
 
 
 def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptions, **arguments: Any) -> nn.Module:
-    """Make a timm model by its entry point, pretrained weights included, and put a new DL2PA head on it.
+    """Make a timm model by its entry point, with pretrained weights if requested, and wrap it with a new DL2PA head.
 
-    Where the pretrained weights come from the file of a DL2PA model, the neck is taken over too if it fits, and a
-    warning says what was kept.
+    If the pretrained weights come from the file of a DL2PA model, its neck is loaded too if it fits, and a warning
+    tells what was loaded.
 
     Args:
         make_backbone: timm's entry point of the architecture.
-        options: What to put on it.
-        arguments: Of the entry point.
+        options: The options of the head and its training.
+        arguments: Arguments of the entry point.
+
+    Returns:
+        The wrapped model, which `plugin_options` recognises.
 
     Raises:
         ValueError: The model is to be scripted, or cannot be wrapped.
     """
     if is_scriptable():
-        raise ValueError('a model with a DL2PA head cannot be made for TorchScript: leave --torchscript out (or use '
-                         '--torchcompile).')
+        raise ValueError('a model with a DL2PA head cannot be made for TorchScript: leave out --torchscript, or use '
+                         '--torchcompile.')
     overlay = dict(arguments.get('pretrained_cfg_overlay') or {})
     source = overlay.get('file')
     head_state: dict[str, torch.Tensor] = {}
@@ -49,7 +52,7 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
         state = load_state_dict(source)
         prefixes = tuple(head_prefixes(state))
         if prefixes:
-            # Without the old head, so that timm sees the file of a backbone.
+            # timm gets the weights of the backbone alone.
             head_state = {name: state.pop(name) for name in list(state) if name.startswith(prefixes)}
             overlay.update(file=None, state_dict=state)
             arguments['pretrained_cfg_overlay'] = overlay
@@ -58,32 +61,35 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
         model.pretrained_cfg.update(file=source, state_dict=None)
     wrap_dl2pa(model, **options.head_arguments())
     if head_state:
-        _keep_neck(model, head_state, source)
-    setattr(model, _ATTRIBUTE, options)
+        _load_old_neck(model, head_state, source)
+    setattr(model, _OPTIONS_ATTRIBUTE, options)
     return model
 
 
 def create_registered(make_model: Callable[..., nn.Module], options: PluginOptions, **arguments: Any) -> nn.Module:
-    """Make a model by the entry `dl2pa` of timm's registry, to be trained with the options.
+    """Make a model by the entry `dl2pa` of timm's registry, with options for its training.
 
     Args:
-        make_model: The entry.
-        options: What is to be put on the backbone.
-        arguments: Of the entry, `dl2pa_backbone` among them.
+        make_model: The entry point.
+        options: The options of the head and its training.
+        arguments: Arguments of the entry point, `dl2pa_backbone` among them.
+
+    Returns:
+        The wrapped model, which `plugin_options` recognises.
     """
     head = {PREFIX + name: value for name, value in options.head_arguments().items()}
     model = make_model(**arguments, **head)
-    setattr(model, _ATTRIBUTE, options)
+    setattr(model, _OPTIONS_ATTRIBUTE, options)
     return model
 
 
-def _keep_neck(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load the old neck into every head that it fits, whole, and say what was kept."""
-    kept = True
+def _load_old_neck(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load the neck of a state dict into every head that it fits, and log what was loaded."""
+    fits = True
     for prefix in head_prefixes(model.state_dict()):
         neck = f'{prefix}neck.'
         old = {key.removeprefix(neck): value for key, value in state.items() if key.startswith(neck)}
-        kept = load_neck(model.get_submodule(neck.rstrip('.')), old) and kept
-    taken = 'backbone and its neck were taken over' if kept else 'backbone was taken over, its neck does not fit'
-    _logger.warning(f'{source} is of a model with a DL2PA head: its {taken}; the rest of the head is new. '
+        fits = load_neck(model.get_submodule(neck.rstrip('.')), old) and fits
+    loaded = 'backbone and its neck were loaded' if fits else 'backbone was loaded, its neck does not fit'
+    _logger.warning(f'{source} holds a model with a DL2PA head: its {loaded}; the rest of the head is new. '
                     f'(--initial-checkpoint and --resume load the whole model.)')

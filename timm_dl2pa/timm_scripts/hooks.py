@@ -1,7 +1,7 @@
-"""Where the plugin takes part in timm: four places, each put back on leaving.
+"""The plugin's four hooks in timm, which can be removed again.
 
-A script has bound timm's names before it imports the plugin, so that replacing those names would change nothing: what
-is replaced is what timm itself looks up when the script calls it.
+A script imports timm's functions before it imports the plugin, so replacing those names in timm would have no effect.
+The hooks therefore replace what timm itself looks up when the script calls it.
 """
 import functools
 import inspect
@@ -20,8 +20,9 @@ from ..options import PluginOptions
 
 __all__ = ['install', 'plugged_in', 'uninstall']
 
+# The replaced attributes: owner, name and original value.
 _originals: list[tuple[Any, str, Any]] = []
-# The tasks of running scripts by the folder of their checkpoints.
+# The tasks of running scripts, by the folder of their checkpoints.
 _tasks: WeakValueDictionary = WeakValueDictionary()
 
 
@@ -47,13 +48,13 @@ def _check_timm() -> None:
 
 
 def install(first_model: PluginOptions | None = None) -> None:
-    """Take part in timm's model creation and training tasks from now on. A second call changes nothing.
+    """Install the hooks in timm's model creation and training tasks. A second call has no effect.
 
     Args:
-        first_model: Options for the first model that is created without any, for scripts that pass none on.
+        first_model: Options for the first model that is created without options, for scripts without `--model-kwargs`.
 
     Raises:
-        RuntimeError: This timm lacks something that is needed. Nothing was changed.
+        RuntimeError: The installed timm lacks something that the hooks need. Nothing was changed.
     """
     if _originals:
         return
@@ -70,7 +71,7 @@ def install(first_model: PluginOptions | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Put back what `install` replaced."""
+    """Remove the hooks of `install`."""
     while _originals:
         owner, name, original = _originals.pop()
         setattr(owner, name, original)
@@ -79,7 +80,11 @@ def uninstall() -> None:
 
 @contextmanager
 def plugged_in(first_model: PluginOptions | None = None) -> Iterator[None]:
-    """Have the plugin installed within the context only."""
+    """Context manager that installs the hooks, and removes them on leaving.
+
+    Args:
+        first_model: See `install`.
+    """
     install(first_model)
     try:
         yield
@@ -90,15 +95,15 @@ def plugged_in(first_model: PluginOptions | None = None) -> Iterator[None]:
 def _replace(owner: Any, name: str, new: Any) -> None:
     original = getattr(owner, name)
     if name == '__new__':
-        # A class that once had a __new__ of its own refuses object's with arguments, even when it is taken away again.
+        # Once a class has had its own __new__, object.__new__ refuses arguments, even after the attribute was deleted.
         original = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))
     _originals.append((owner, name, original))
     setattr(owner, name, new)
 
 
 def _entrypoint_lookup(lookup: Callable, first_model: PluginOptions | None) -> Callable:
-    """timm's `create_model` gets the function that makes an architecture from here."""
-    waiting = [first_model] if first_model is not None else []
+    """Return a replacement for the lookup of entry points in `timm.create_model`, which takes dl2pa_... options."""
+    unused_options = [first_model] if first_model is not None else []
 
     @functools.wraps(lookup)
     def model_entrypoint(*args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
@@ -106,15 +111,15 @@ def _entrypoint_lookup(lookup: Callable, first_model: PluginOptions | None) -> C
 
         @functools.wraps(make_backbone)
         def make_model(**arguments: Any) -> nn.Module:
-            registered = {name: arguments.pop(name) for name in ('dl2pa_backbone',) if name in arguments}
+            registry_arguments = {name: arguments.pop(name) for name in ('dl2pa_backbone',) if name in arguments}
             options = PluginOptions.take(arguments)
-            if options is None and waiting:
-                options = waiting.pop()
+            if options is None and unused_options:
+                options = unused_options.pop()
             if options is None:
-                return make_backbone(**arguments, **registered)
+                return make_backbone(**arguments, **registry_arguments)
             from .creation import create_registered, create_wrapped
-            if registered:
-                return create_registered(make_backbone, options, **arguments, **registered)
+            if registry_arguments:
+                return create_registered(make_backbone, options, **arguments, **registry_arguments)
             return create_wrapped(make_backbone, options, **arguments)
 
         return make_model
@@ -123,17 +128,20 @@ def _entrypoint_lookup(lookup: Callable, first_model: PluginOptions | None) -> C
 
 
 def _new_task(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """A training task that is given a model made with dl2pa options is of the subclass that serves it."""
+    """Replacement for `TrainingTask.__new__`: a model made with dl2pa_... options gets a subclass of `DL2PATask`."""
     from .creation import plugin_options
     from .task import DL2PATask, task_class_for
-    given = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
-    if any(plugin_options(model) is not None for model in given) and not issubclass(cls, DL2PATask):
+    models = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
+    if any(plugin_options(model) is not None for model in models) and not issubclass(cls, DL2PATask):
         cls = task_class_for(cls)
     return object.__new__(cls)
 
 
 def _saver_init(init: Callable) -> Callable:
-    """The checkpoint saver is what knows the run's folder; and it comes before training."""
+    """Return a replacement for `CheckpointSaver.__init__`, which tells the task about the saver.
+
+    The saver is created before training, and it knows the folder of the run.
+    """
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         from .creation import plugin_options
@@ -141,18 +149,18 @@ def _saver_init(init: Callable) -> Callable:
         init(self, *args, **kwargs)
         task = getattr(self, 'task', None)
         if isinstance(task, DL2PATask):
-            task.saver_made(self)
+            task.on_saver_created(self)
             _tasks[str(Path(self.checkpoint_dir))] = task
         elif any(plugin_options(module) is not None for module in self.model.modules()):
             raise RuntimeError(
-                'this script trains without the tasks of timm.task, so that nothing would move the assignment or save '
-                'its state: use the train.py of timm 1.0.27 or newer, or leave the dl2pa options out.')
+                'this script trains without the tasks of timm.task, so that the assignment would never be updated or '
+                'saved: use the train.py of timm 1.0.27 or newer, or leave out the dl2pa_... options.')
 
     return __init__
 
 
 def _summary(update_summary: Callable) -> Callable:
-    """The figures of the assignment stand in timm's summary.csv, and go where the script logs that."""
+    """Return a replacement for `update_summary`, which adds the figures of the assignment to timm's summary.csv."""
     @functools.wraps(update_summary)
     def with_assignment(epoch: int, train_metrics: dict, eval_metrics: dict, filename: str, *args: Any, **kwargs: Any):
         task = _tasks.get(str(Path(filename).parent))

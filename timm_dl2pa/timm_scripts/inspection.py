@@ -1,4 +1,4 @@
-"""`timm-dl2pa inspect CHECKPOINT`: what is in a checkpoint of a DL2PA model."""
+"""The command `timm-dl2pa inspect`: reads a checkpoint of a DL2PA model and reports its contents."""
 import argparse
 import pickle
 from collections.abc import Iterator
@@ -20,7 +20,18 @@ __all__ = ['inspect_checkpoint', 'read_checkpoint']
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of timm's, a plain state dict, a safetensors file, or a folder that holds one."""
+    """Read a checkpoint. Only tensors and plain types are unpickled.
+
+    Args:
+        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder that holds one.
+
+    Returns:
+        The checkpoint. A state dict alone is put under the key 'state_dict'.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint.
+    """
     if path.is_dir():
         path = path / 'model.safetensors'
     if not path.is_file():
@@ -28,7 +39,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return {'state_dict': load_file(path)}
-        # Tensors and plain types alone; the script's arguments are a Namespace.
+        # The arguments of the script are a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
@@ -39,21 +50,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[str]:
-    """Yield the lines of a report on a checkpoint: config, metric, history of the assignment, angular margins.
+    """Yield a report on a checkpoint: model, metric, options, heads, history of the assignment and angular margins.
 
     Args:
-        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder that `save_model` wrote.
-        all_classes: List every class's margin, not only the ten smallest.
+        path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder of `save_model`.
+        all_classes: Whether to list the margins of all classes, not only the ten smallest.
+
+    Yields:
+        One line of text at a time.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint, or has no DL2PA head.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint, or it has no DL2PA head.
     """
     checkpoint = read_checkpoint(Path(path))
     state = clean_state_dict(checkpoint['state_dict'])
     heads = head_prefixes(state)
     if not heads:
-        raise ValueError(f'{path} has no DL2PA head: no prototypes with an assignment are among its tensors.')
+        raise ValueError(f'{path} has no DL2PA head: its tensors include no prototypes with an assignment.')
     arguments = checkpoint.get('args')
     model_kwargs = getattr(arguments, 'model_kwargs', None) or {}
     task = (checkpoint.get('task_state') or {}).get('dl2pa') or {}
@@ -97,8 +111,8 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
 
     prototypes, assignment = state[heads[0] + 'prototypes'], state[heads[0] + 'assignment'].long()
     angles, nearest = margins(unit_rows(prototypes).float()[assignment])
-    yield (f'margins        angle to the nearest other prototype: least {angles.min():.2f}, mean {angles.mean():.2f}, '
-           f'greatest {angles.max():.2f} degrees')
+    yield (f'margins        angle to the nearest other prototype: min {angles.min():.2f}, mean {angles.mean():.2f}, '
+           f'max {angles.max():.2f} degrees')
     order = range(len(angles)) if all_classes else angles.argsort(stable=True)[:10].tolist()
     yield f'{"class":>7} {"prototype":>10} {"nearest":>8} {"degrees":>8}' + (
         '' if all_classes or len(angles) <= 10 else f'   (the ten smallest of {len(angles)}; --all for the rest)')

@@ -1,4 +1,4 @@
-"""`timm-dl2pa run SCRIPT ...`: a script of timm's with the DL2PA options among its flags."""
+"""The command `timm-dl2pa run SCRIPT ...`: runs a script of timm with the DL2PA options among its flags."""
 import argparse
 import os
 import runpy
@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='timm-dl2pa run',
         usage='timm-dl2pa run [DL2PA options] SCRIPT [options of the script and of DL2PA]',
-        description="Runs a script of timm's (train.py, validate.py, inference.py, onnx_export.py, benchmark.py, ...), "
-                    'unmodified, with a DL2PA head on the model that it makes. Under torchrun: '
+        description='Runs an unmodified script of timm (train.py, validate.py, inference.py, onnx_export.py, '
+                    'benchmark.py, ...) with a DL2PA head on the model that it creates. With torchrun: '
                     'torchrun --nproc-per-node 4 -m timm_dl2pa run train.py ...',
         add_help=False,
         allow_abbrev=False,
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('DL2PA options')
     for spec in fields(PluginOptions):
         flag = '--' + (PREFIX + spec.name).replace('_', '-')
-        # Strings: they are read as --model-kwargs reads them, wherever they came in.
+        # Strings, which are all parsed in the same way as the values of --model-kwargs.
         kind: dict[str, Any] = {'action': 'store_const', 'const': 'True'} if bool in spec.metadata['kinds'] else \
             {'metavar': spec.name.rpartition('_')[2].upper()}
         group.add_argument(flag, dest=PREFIX + spec.name, default=argparse.SUPPRESS, help=_help(spec), **kind)
@@ -46,13 +46,17 @@ def _help(spec: Field) -> str:
 
 
 def run_script(arguments: Sequence[str]) -> None:
-    """Run a script with `sys.argv` and `sys.path` as Python would set them, and the plugin installed while it runs.
+    """Run a script of timm with the plugin installed, with `sys.argv` and `sys.path` as Python sets them for a script.
 
-    The options travel in the script's `--model-kwargs`, added to those given on the command line or in its `--config`
-    file. Where a script has no such flag they are put in when it makes its first model.
+    The options are passed in the script's `--model-kwargs`, together with those on the command line or in its
+    `--config` file. If the script has no such flag, they apply to the first model that it creates.
+
+    Args:
+        arguments: The arguments of the command: DL2PA options, the path of the script, and its arguments.
 
     Raises:
-        SystemExit: The script's own; or 2 with a line on stderr, where there is no script or an option is no good.
+        SystemExit: Raised by the script; or with the status 2 and a line on stderr if the script does not exist or an
+            option is invalid.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))
@@ -62,14 +66,15 @@ def run_script(arguments: Sequence[str]) -> None:
         raise SystemExit(0 if rest else 2)
     script, argv = Path(rest[0]), rest[1:]
     if not script.is_file():
-        parser.exit(2, f'timm-dl2pa run: {script}: no such file. The first argument that is no DL2PA option is the '
-                       f"script's path.\n")
+        parser.exit(2, f'timm-dl2pa run: {script}: no such file. The first argument that is not a DL2PA option must be '
+                       f'the path of the script.\n')
     try:
-        checked = PluginOptions.from_mapping({name: _read(value) for name, value in given.items()}) if given else None
+        values = {name: _parse_value(value) for name, value in given.items()}
+        plugin_options = PluginOptions.from_mapping(values) if values else None
     except ValueError as error:
         parser.exit(2, f'timm-dl2pa run: {error}\n')
 
-    _use_timm_beside(script, arguments)
+    _use_adjacent_timm(script, arguments)
     text = script.read_text(encoding='utf-8', errors='replace')
     first_model = None
     if given and 'create_model' not in text:
@@ -77,40 +82,41 @@ def run_script(arguments: Sequence[str]) -> None:
     elif given and _FLAG in text:
         argv = _with_model_kwargs(argv, given)
     elif given:
-        first_model = checked
+        first_model = plugin_options
 
-    saved = sys.argv, list(sys.path)
+    original = sys.argv, list(sys.path)
     sys.argv = [str(script), *argv]
-    # As Python does for a script; in front of the folder that Python put there for this command.
+    # Python adds the folder of a script. It precedes the entry that Python added for this command.
     sys.path.insert(0, str(script.resolve().parent))
     try:
         with plugged_in(first_model):
             runpy.run_path(str(script), run_name='__main__')
     finally:
-        sys.argv, sys.path[:] = saved
+        sys.argv, sys.path[:] = original
         if {'-h', '--help'} & set(argv):
             print()
             print(parser.format_help().partition('\n\n')[2].partition('\n\n')[2], end='')
 
 
-def _use_timm_beside(script: Path, arguments: Sequence[str]) -> None:
-    """Start over with the timm that lies beside the script, if another one was imported.
+def _use_adjacent_timm(script: Path, arguments: Sequence[str]) -> None:
+    """Restart this command with the timm in the script's folder, if there is one and another one was imported.
 
-    In a checkout of timm's repository `python train.py` takes the checkout's own timm, which the script was written
-    for; by the time that this command runs, the installed one has been imported.
+    In a checkout of timm's repository, `python train.py` uses the checkout's timm, which the script was written for.
+    This command has imported the installed timm by then.
     """
     folder = script.resolve().parent
-    beside = folder / 'timm' / '__init__.py'
-    if beside.is_file() and not beside.samefile(timm.__file__):
+    adjacent = folder / 'timm' / '__init__.py'
+    if adjacent.is_file() and not adjacent.samefile(timm.__file__):
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get('PYTHONPATH')]))
         if os.environ.get('PYTHONPATH') == path:
-            raise SystemExit(f'timm-dl2pa run: {script} is for the timm beside it, but {timm.__file__} comes first.')
+            raise SystemExit(f'timm-dl2pa run: {script} needs the timm in its folder, but {timm.__file__} precedes it '
+                             f'in the import path.')
         command = [sys.executable, '-m', 'timm_dl2pa', 'run', *arguments]
         os.execve(sys.executable, command, {**os.environ, 'PYTHONPATH': path})
 
 
-def _read(value: str) -> Any:
-    """Read a value as `--model-kwargs` does."""
+def _parse_value(value: str) -> Any:
+    """Parse a value as `--model-kwargs` does."""
     from timm.utils import ParseKwargs
     namespace = argparse.Namespace()
     ParseKwargs([], dest='kwargs')(None, namespace, [f'value={value}'])
@@ -118,10 +124,10 @@ def _read(value: str) -> Any:
 
 
 def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
-    """Return the script's arguments with `given` among its model's.
+    """Return the script's arguments with the given options added to its --model-kwargs.
 
-    argparse takes the last --model-kwargs alone, and it hides the config file's: so all are gathered in one, at the
-    end, where it swallows no positional argument.
+    argparse uses only the last --model-kwargs, which also hides those of the config file. All values are therefore
+    collected in one flag at the end, where it does not consume positional arguments.
     """
     argv, kwargs, from_command_line = list(argv), [], False
     config = argparse.ArgumentParser(add_help=False)
@@ -133,7 +139,7 @@ def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
         word = argv.pop(0)
         name, equals, value = word.partition('=')
         if len(name) > len('--model') + 1 and _FLAG.startswith(name):
-            kwargs = [value] if equals else []  # the last one counts, as in argparse
+            kwargs = [value] if equals else []  # argparse uses only the last one
             from_command_line = True
             while not equals and argv and not argv[0].startswith('-'):
                 kwargs.append(argv.pop(0))

@@ -1,4 +1,4 @@
-"""What a training task of timm's does with a DL2PA model: step 2, its state, its report."""
+"""The training task for DL2PA models in timm's scripts: updates of the assignment, checkpoint state and reports."""
 import csv
 import logging
 import os
@@ -28,14 +28,19 @@ _LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionL
 
 
 class DL2PATask(TrainingTask):
-    """Mixed into a task class of timm's for a model that was created with dl2pa_... options.
+    """Mixin for a task class of timm, for models that were created with dl2pa_... options.
 
-    The scheduler takes each batch in the task's forward; a re-solve that is due comes before that forward. timm's
-    script tells a task of epochs only through `train()` and `eval()` of the model: an epoch is over when the model is
-    set to training again after batches of training. The scheduler's state is in the checkpoint's task state.
+    The scheduler takes each batch in the task's forward, after a re-solve that is due. timm's script signals epochs to
+    a task only through `train()` and `eval()` of the model: an epoch ends when the model returns to training mode after
+    batches of training. The scheduler's state is part of the checkpoint's task state.
 
-    In a distributed run the processes' class means are merged where all of them pass and a checkpoint may follow: when
-    the model is set to evaluation, and after the updates that recovery checkpoints follow.
+    In a distributed run the class means are merged where all processes pass and a checkpoint may follow: when the model
+    is set to evaluation mode, and after the updates that precede recovery checkpoints.
+
+    Attributes:
+        dl2pa_options: The `PluginOptions` of the model.
+        dl2pa_heads: The heads of the model, the main one first.
+        assignment_scheduler: The `AssignmentScheduler` of the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,58 +49,66 @@ class DL2PATask(TrainingTask):
         options = self.dl2pa_options = next(filter(None, found))
         if getattr(self, 'multi_label', False):
             raise ValueError(f'{type(self).__name__}: a DL2PA head gives each image one class, so that multi-label '
-                             f'targets have no meaning for it. Leave the dl2pa options out.')
+                             f'targets have no meaning for it. Leave out the dl2pa_... options.')
         arguments = options.scheduler_arguments()
         if options.prime:
-            # Priming takes the place of the warm-up, and of what was set for it.
+            # Priming replaces the warm-up. The options of a warm-up are ignored.
             arguments.update(warmup='none', evenness=None)
         self.assignment_scheduler = AssignmentScheduler(self.get_trainable_module(), **arguments)
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
-        replaced = self._take_loss()
-        self.dl2pa_heads[0].training_view.on_mode = self._mode_changed
-        # Counted since the model was last set to training.
+        loss_description = self._install_loss()
+        self.dl2pa_heads[0].training_view.on_mode = self._on_mode
+        # The batches and optimiser updates since the model was last set to training mode.
         self._batches = 0
         self._updates = 0
         self._primed_batches = 0
         self._prototypes_moved = False
-        self._checked = False
+        self._first_batch_checked = False
         self._merge_interval: int | None = None
         self._script_epochs: int | None = None
-        self._record: Path | None = None
-        self._record_is_ours = False
+        self._record_path: Path | None = None
+        self._record_is_complete = False
         if self.verbose:
-            head, scheduler = self.dl2pa_heads[0], self.assignment_scheduler
-            where = f' in the background, {options.lag} batches behind' if options.background else ''
-            _logger.info(
-                f'DL2PA: recipe {options.recipe}, {type(head).__name__} with K={len(head.prototypes)} prototypes in '
-                f'd={head.dim} dimensions for {head.num_classes} classes, loss {options.loss}{replaced}, '
-                + ('static assignment' if options.stop == 0 else
-                   f're-solved every {scheduler.schedule}{where}, exactly')
-                + (f', primed by the first {options.prime} batches' if options.prime else
-                   f', after a warm-up of {Duration.of(options.warmup_length or scheduler.recipe.warmup_length)} '
-                   f'({scheduler.warmup.name})' if scheduler.warming_up else ''))
+            self._log_configuration(loss_description)
 
-    def _take_loss(self) -> str:
-        """Put our loss in the criterion's place if it is asked for; return what to say of that."""
+    def _log_configuration(self, loss_description: str) -> None:
+        options, head, scheduler = self.dl2pa_options, self.dl2pa_heads[0], self.assignment_scheduler
+        background = f' in the background, {options.lag} batches behind' if options.background else ''
+        parts = [
+            f'recipe {options.recipe}',
+            f'{type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
+            f'{head.num_classes} classes',
+            f'loss {options.loss}{loss_description}',
+            'static assignment' if options.stop == 0 else f're-solved every {scheduler.schedule}{background}, exactly',
+        ]
+        if options.prime:
+            parts.append(f'primed by the first {options.prime} batches')
+        elif scheduler.warming_up:
+            length = Duration.of(options.warmup_length or scheduler.recipe.warmup_length)
+            parts.append(f'after a warm-up of {length} ({scheduler.warmup.name})')
+        _logger.info('DL2PA: ' + ', '.join(parts))
+
+    def _install_loss(self) -> str:
+        """Replace the criterion by a loss of this package if the options name one; return a remark for the log."""
         options, head = self.dl2pa_options, self.dl2pa_heads[0]
         if options.loss == 'criterion':
             return f' ({type(self.criterion).__name__})'
         if isinstance(self.criterion, (BinaryCrossEntropy, JsdCrossEntropy)):
-            raise ValueError(f'dl2pa_loss={options.loss} takes the place of the criterion, here '
+            raise ValueError(f'dl2pa_loss={options.loss} replaces the criterion, here '
                              f'{type(self.criterion).__name__}: leave out either it or --bce-loss / --jsd-loss.')
         replaced = type(self.criterion).__name__
         if options.loss == 'balanced_softmax':
             self.criterion = BalancedSoftmaxLoss(head.num_classes).to(head.prototypes.device)
             return f' (in place of {replaced})'
         self.criterion = _LOSSES[options.loss](head, **options.loss_arguments())
-        # No (B, C) logits in training where nothing else takes them: other distillation compares logits, and a model
-        # with several classifiers averages them.
+        # In training the loss needs no (B, C) logits. Other distillation tasks compare logits, and a model with several
+        # classifiers averages them.
         if isinstance(self, (ClassificationTask, FeatureDistillationTask)) and len(self.dl2pa_heads) == 1:
             head.config = replace(head.config, train_output='embeddings')
         return f' (in place of {replaced})'
 
-    def _mode_changed(self, training: bool) -> None:
+    def _on_mode(self, training: bool) -> None:
         if not self._batches:
             return
         if training:
@@ -105,14 +118,22 @@ class DL2PATask(TrainingTask):
             self.assignment_scheduler.merge()
 
     def forward(self, input: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the re-solve that is due, if any, then timm's forward, and fold the batch into the class means."""
+        """Run a re-solve that is due, then timm's forward, and add the batch to the class means.
+
+        Args:
+            input: The images of the batch.
+            target: (B,) class indices or (B, C) soft targets.
+
+        Returns:
+            The result of timm's forward, the loss among others.
+        """
         if not self.dl2pa_heads[0].training:
             return super().forward(input, target)
-        if not self._checked:
+        if not self._first_batch_checked:
             self._check_first_batch(target)
         if self._primer is not None:
             if self._primed_batches < self.dl2pa_options.prime:
-                return self._gather(input, target)
+                return self._collect_for_priming(input, target)
             self._prime()
         update = self.assignment_scheduler.resolve_if_due()
         if update is not None:
@@ -123,10 +144,10 @@ class DL2PATask(TrainingTask):
         self._batches += 1
         return result
 
-    def _gather(self, input: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run timm's forward and gather the features, with a loss that has no gradient.
+    def _collect_for_priming(self, input: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run timm's forward and collect the features. The loss has a zero gradient.
 
-        The script has the loader, the task sees one batch after the other: those that it gathers are not trained on.
+        The task receives one batch after the other from the script's loader, so these batches are not trained on.
         """
         result = super().forward(input, target)
         result['loss'] = 0.0 * result['loss'].nan_to_num()
@@ -146,56 +167,75 @@ class DL2PATask(TrainingTask):
     def _check_first_batch(self, target: torch.Tensor) -> None:
         if target.ndim == 2 and ((target.float().sum(dim=1) - 1).abs() > 0.01).any():
             raise ValueError('the rows of the targets do not sum to one: they are multi-label targets, which have no '
-                             'meaning for a DL2PA head. Leave the dl2pa options out.')
-        # Rank 0 alone has the checkpoint saver, and knows the script's arguments.
+                             'meaning for a DL2PA head. Leave out the dl2pa_... options.')
+        # Only rank 0 has the checkpoint saver, which knows the script's arguments.
         self._merge_interval, self._script_epochs = broadcast_from_rank_0(
             (self._merge_interval, self._script_epochs), self.dl2pa_heads[0].prototypes.device)
         if self._script_epochs is not None:
             self.assignment_scheduler.clock.total = f'{self._script_epochs} epochs'
-        self._checked = True
+        self._first_batch_checked = True
 
-    def saver_made(self, saver: Any) -> None:
-        """Learn from timm's CheckpointSaver where the run's files are, how often it saves, and how long the run is."""
-        self._record = Path(saver.checkpoint_dir) / RECORD_NAME
-        script = saver.args
-        if script is not None:
-            self._script_epochs = getattr(script, 'epochs', None)
-            # Without a validation split there is no switch to evaluation before a checkpoint.
-            self._merge_interval = 1 if not getattr(script, 'val_split', True) else \
-                getattr(script, 'recovery_interval', None)
+    def on_saver_created(self, saver: Any) -> None:
+        """Take the folder of the run, the interval of recovery checkpoints and the number of epochs from the saver.
+
+        Args:
+            saver: The `timm.utils.CheckpointSaver` of the script.
+        """
+        self._record_path = Path(saver.checkpoint_dir) / RECORD_NAME
+        script_args = saver.args
+        if script_args is not None:
+            self._script_epochs = getattr(script_args, 'epochs', None)
+            # Without a validation split, the model is not set to evaluation mode before a checkpoint.
+            self._merge_interval = 1 if not getattr(script_args, 'val_split', True) else \
+                getattr(script_args, 'recovery_interval', None)
 
     def update_ema(self, step: int | None = None) -> None:
+        """Update the averaged weights, whose prototypes are copied and not averaged; merge class means if due.
+
+        Args:
+            step: See timm's method.
+        """
         super().update_ema(step=step)
         warmup = self.assignment_scheduler.warmup
-        moving = warmup is not None and warmup.moves_prototypes
-        if (self._prototypes_moved or moving) and self.has_ema():
-            # A mean of prototypes before and after they moved is on no sphere and fits neither's embeddings.
-            averaged = heads_of(self.get_trainable_module(ema=True))
-            for mine, head in zip(averaged, self.assignment_scheduler.heads, strict=True):
-                if moving:
-                    mine.move_class_prototypes(head.class_prototypes)
+        is_moving = warmup is not None and warmup.moves_prototypes
+        if (self._prototypes_moved or is_moving) and self.has_ema():
+            # The average of prototypes before and after a move is not of unit length, and fits neither embeddings.
+            averaged_heads = heads_of(self.get_trainable_module(ema=True))
+            for averaged, head in zip(averaged_heads, self.assignment_scheduler.heads, strict=True):
+                if is_moving:
+                    averaged.move_class_prototypes(head.class_prototypes)
                 else:
-                    mine.load_state_dict({**mine.state_dict(), 'prototypes': head.prototypes})
+                    averaged.load_state_dict({**averaged.state_dict(), 'prototypes': head.prototypes})
         self._prototypes_moved = False
         self._updates += 1
-        # Under gradient accumulation timm's count within an epoch may jump at its end: then every update.
+        # With gradient accumulation, timm's count of batches may jump at the end of an epoch: merge at every update.
         interval = 1 if self._merge_interval and self._updates != self._batches else self._merge_interval
         if interval and self._updates % interval == 0:
             self.assignment_scheduler.merge()
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> TrainingTask:
+        """Wrap the model for distributed training, also on the CPU. See timm's method."""
         # timm's script passes device_ids=[cpu], which DistributedDataParallel refuses.
         return super().prepare_distributed(
             device_ids=None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        # timm leaves out the last two parameters, a linear classifier's: ours may have another number.
+        """Return the parameters for gradient clipping, without those of the heads if `exclude_head`."""
+        # timm excludes the last two parameters, those of a linear classifier. A head may have another number of them.
         heads = {id(parameter) for head in self.dl2pa_heads for parameter in head.parameters()}
         parameters = super().get_clip_parameters(exclude_head=False)
         return [parameter for parameter in parameters if not (exclude_head and id(parameter) in heads)]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return timm's own task state and, under 'dl2pa', the scheduler's: tensors and plain types only."""
+        """Return the task state for a checkpoint: timm's own, and under 'dl2pa' tensors and plain types of this task.
+
+        Args:
+            module: See timm's method.
+            ema: Whether the state of the averaged model is meant, which has no entry 'dl2pa'.
+
+        Returns:
+            The state.
+        """
         state = dict(super().get_task_state(module=module, ema=ema))
         if not ema:
             state['dl2pa'] = {
@@ -215,12 +255,20 @@ class DL2PATask(TrainingTask):
             module: nn.Module | None = None,
             ema: bool = False,
     ) -> None:
-        """Take over a task state. One without ours (of a model trained elsewhere) starts the class means anew."""
+        """Load a task state. Without an entry 'dl2pa', class means and schedule start from the beginning.
+
+        Args:
+            state: The state of `get_task_state`, or None.
+            strict: See timm's method.
+            module: See timm's method.
+            ema: Whether the state is that of the averaged model.
+        """
         super().load_task_state(state, strict=strict, module=module, ema=ema)
         if ema:
             return
         if not state or 'dl2pa' not in state:
-            _logger.warning('The checkpoint holds no state of a DL2PA scheduler: class means and schedule start anew.')
+            _logger.warning('The checkpoint holds no state of a DL2PA scheduler: class means and schedule start from '
+                            'the beginning.')
             return
         self.assignment_scheduler.load_state_dict(state['dl2pa']['scheduler'])
         self._batches = state['dl2pa']['batches']
@@ -242,7 +290,7 @@ class DL2PATask(TrainingTask):
         return {name: value.cpu().clone() for name, value in self.criterion.state_dict().items()}
 
     def summary(self) -> dict[str, float]:
-        """Return the figures of the last re-solve, for timm's summary: objectives are means over the classes."""
+        """Return the figures of the last re-solve for timm's summary. Objectives are means over the classes."""
         history = [update for update in self.assignment_scheduler.history if update.event == 'resolve']
         last = history[-1] if history else AssignmentUpdate(0, 0, 0, float('nan'), float('nan'), 0.0)
         return {
@@ -258,17 +306,18 @@ class DL2PATask(TrainingTask):
 
     def _report(self, update: AssignmentUpdate) -> None:
         if self.verbose:
-            what = {'resolve': '', 'placed': 'the prototypes are placed, ', 'rotated': 'the prototypes were rotated, '}
+            events = {'resolve': '', 'placed': 'the prototypes are fixed from now on, ',
+                      'rotated': 'the prototypes were rotated, '}
             _logger.info(
-                f'DL2PA: after epoch {update.epoch}, batch {update.step}: {what[update.event]}{update.moved} of '
+                f'DL2PA: after epoch {update.epoch}, batch {update.step}: {events[update.event]}{update.moved} of '
                 f'{self.dl2pa_heads[0].num_classes} labels moved, objective per class '
                 f'{self._per_class(update.objective_before):.4f} -> {self._per_class(update.objective):.4f}, '
                 f'{update.seconds:.2f} s')
-        if self._record is not None:
+        if self._record_path is not None:
             self._write_record(update)
 
     def _write_record(self, update: AssignmentUpdate) -> None:
-        """Append a line; the first time, write the whole history, so that a resumed run's file is complete."""
+        """Append a line to the record. The first call writes the whole history, also that of a resumed run."""
         def line(entry: AssignmentUpdate) -> dict[str, Any]:
             return asdict(replace(
                 entry,
@@ -276,20 +325,20 @@ class DL2PATask(TrainingTask):
                 objective=self._per_class(entry.objective),
             ))
 
-        if self._record_is_ours:
-            with open(self._record, 'a', newline='') as file:
+        if self._record_is_complete:
+            with open(self._record_path, 'a', newline='') as file:
                 csv.DictWriter(file, fieldnames=list(line(update))).writerow(line(update))
             return
-        part = self._record.with_suffix('.part')
+        part = self._record_path.with_suffix('.part')
         with open(part, 'w', newline='') as file:
             writer = csv.DictWriter(file, fieldnames=list(line(update)))
             writer.writeheader()
             writer.writerows(map(line, self.assignment_scheduler.history))
-        os.replace(part, self._record)
-        self._record_is_ours = True
+        os.replace(part, self._record_path)
+        self._record_is_complete = True
 
 
 @cache
 def task_class_for(base: type[TrainingTask]) -> type[TrainingTask]:
-    """Return the subclass of a task class of timm's that serves DL2PA models, with the same name."""
+    """Return the subclass of a timm task class for DL2PA models. It has the same name."""
     return type(base.__name__, (DL2PATask, base), {'__module__': base.__module__, '__doc__': base.__doc__})
