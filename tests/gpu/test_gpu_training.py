@@ -157,7 +157,7 @@ def _train(device, recipe, sync_bn, background, distributed):
     scheduler.merge()
     head = inner[-1]
     return {'assignment': head.assignment.cpu(), 'prototypes': head.prototypes.cpu(),
-            'sums': scheduler.state_dict()['class_means']['sums'], 'steps': [update.step for update in scheduler.history]}
+            'sums': scheduler.class_means.sums.cpu(), 'steps': [update.step for update in scheduler.history]}
 
 
 @pytest.mark.parametrize('recipe, sync_bn, background', [
