@@ -240,7 +240,7 @@ HOSTILE = {
     'garbage': (lambda f: (f / 'model.safetensors').write_bytes(b'x' * 100), 'damaged'),
     'truncated': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:-9]),
                   'model.safetensors is damaged'),
-    'newer': (ours(format=99), 'has the format 99, newer than this version .* install a newer one'),
+    'newer': (ours(format=99), 'has the format 99, newer than the formats .* install a newer version'),
     'no format': (ours(format=None), 'must state its format'),
     'versions': (ours(versions=[1]), 'versions must be an object'),
     'digest': (ours(weights_sha256=5), 'weights_sha256 must be a string, not 5'),

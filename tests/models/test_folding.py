@@ -87,7 +87,7 @@ def test_without_a_neck_and_without_length():
 
 def test_several_classifiers_are_measured_or_refused():
     model = trained('deit_tiny_distilled_patch16_224', model_args=dict(img_size=32))
-    with pytest.raises(ValueError, match=r'2 classifiers.*images='):
+    with pytest.raises(ValueError, match=r'2 classifiers.*give images'):
         fold_dl2pa(model)
     x = torch.randn(32, 3, 32, 32)
     plain = fold_dl2pa(model.train(), images=x)
