@@ -15,6 +15,7 @@ PROVED = ['resnet50', 'convnext_tiny', 'vit_tiny_patch16_224', 'swin_tiny_patch4
           'efficientnet_b0', 'mixer_s32_224', 'deit_tiny_distilled_patch16_224']
 SMALL = 'test_resnet'
 CLASSES = 20
+SIZE = 64  # of the images, in pixels: at 224 a step in bfloat16 takes ten times as long, where the CPU has none
 
 
 def heads_of(model):
@@ -27,7 +28,8 @@ def wrapped(request):
     """A wrapped model, and its backbone's state from before wrapping. Tests leave the weights as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(request.param, num_classes=CLASSES)
+        sized = timm.get_pretrained_cfg(request.param).fixed_input_size
+        model = timm.create_model(request.param, num_classes=CLASSES, **({'img_size': SIZE} if sized else {}))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = {**model.pretrained_cfg, 'architecture': 'dl2pa', 'tag': None}, model.num_features
     assert wrap_dl2pa(model, dim=8) is model
@@ -53,7 +55,7 @@ def test_wrapping_changes_the_classifier_alone(wrapped):
 def test_timms_interface_goes_on_working(wrapped):
     model, _ = wrapped
     model = copy.deepcopy(model).eval()
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
         logits = model(x)
         features = model.forward_features(x)
@@ -84,7 +86,7 @@ def test_trains_a_step(wrapped):
     for _ in range(2):
         labels = torch.randint(0, CLASSES, (2,))
         with torch.autocast('cpu', torch.bfloat16):
-            logits = model(torch.randn(2, 3, 224, 224))
+            logits = model(torch.randn(2, 3, SIZE, SIZE))
             loss = F.cross_entropy(logits, labels)
         assert logits.dtype == torch.float32
         loss.backward()
@@ -141,18 +143,18 @@ def test_models_without_classes_and_wrapped_ones_can_be_wrapped():
 
 
 def test_several_classifiers_get_heads_with_their_own_tensors():
-    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=CLASSES)
+    model = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=CLASSES, img_size=SIZE)
     wrap_dl2pa(model, 8, learn_scale=False, prototypes=make_prototypes(CLASSES, 8, seed=9))
     main, distilled = model.get_classifier()
     assert torch.equal(main.prototypes, distilled.prototypes)
     for name, tensor in main.state_dict().items():
         assert tensor.data_ptr() != distilled.state_dict()[name].data_ptr()
     model.set_distilled_training(True)
-    one, two = model.train()(torch.randn(2, 3, 224, 224))
+    one, two = model.train()(torch.randn(2, 3, SIZE, SIZE))
     assert one.shape == two.shape == (2, CLASSES)
     # The average of logits is the logits of the average embedding, so that our losses fit it too.
     model.set_distilled_training(False)
-    SquaredCosineLoss(main)(model(torch.randn(2, 3, 224, 224)), torch.tensor([0, 1])).backward()
+    SquaredCosineLoss(main)(model(torch.randn(2, 3, SIZE, SIZE)), torch.tensor([0, 1])).backward()
     assert main.neck[0].weight.grad is not None and distilled.neck[0].weight.grad is not None
 
 
