@@ -95,13 +95,13 @@ def run_demo(
     print(f'{source}: {len(train_set)} training and {len(test_set)} test images, {len(names)} classes; '
           f'{model}, d = {dim}, on {torch_device}')
     # All models are made before the first is trained, so that an invalid option is reported at once.
-    runs, models, initial_assignments = [], {}, {}
+    runs, models, initial_prototypes = [], {}, {}
     for kind in HEADS:
         torch.manual_seed(seed)
         models[kind] = _create_model(model, num_classes=len(names)).to(torch_device)
         if kind != 'linear':
             wrap_dl2pa(models[kind], dim, seed=seed)
-            initial_assignments[kind] = _main_head(models[kind]).assignment.cpu().clone()
+            initial_prototypes[kind] = _main_head(models[kind]).class_prototypes.cpu()
     for kind, title in HEADS.items():
         torch.manual_seed(seed)
         run, network = Run(kind), models[kind]
@@ -115,7 +115,7 @@ def run_demo(
         images=source, classes=names, model=model, dim=dim, epochs=epochs, seed=seed, device=str(torch_device),
         batch_size=BATCH_SIZE, runs=[asdict(run) for run in runs],
         versions=dict(torch=str(torch.__version__), timm=timm.__version__)))
-    _plot_embeddings(folder / 'embeddings.png', models, initial_assignments, runs, test_set, names, torch_device)
+    _plot_embeddings(folder / 'embeddings.png', models, initial_prototypes, runs, test_set, names, torch_device)
     print(f'\nwrote {folder}/embeddings.png, {folder}/results.json and {folder}/model; to load the model:\n'
           f'    model = timm_dl2pa.load_model({str(folder / "model")!r})')
     return runs
@@ -229,7 +229,7 @@ def _train(network: nn.Module, run: Run, title: str, images: Dataset, epochs: in
                 update = scheduler.step(labels) if scheduler else None
                 times.append(_now(device) - began)
                 schedule.step()
-                if update:
+                if update and update.event != 'placed':
                     run.moved.append(update.moved)
                 losses.append(loss.item())
                 bar.update()
@@ -296,9 +296,9 @@ def _embeddings(network: nn.Module, images: Dataset, device: torch.device) -> tu
     return torch.cat(embeddings).numpy(), torch.cat(labels).numpy()
 
 
-def _plot_embeddings(path: Path, models: dict[str, nn.Module], initial_assignments: dict[str, torch.Tensor],
+def _plot_embeddings(path: Path, models: dict[str, nn.Module], initial_prototypes: dict[str, torch.Tensor],
                      runs: list[Run], images: Dataset, names: list[str], device: torch.device) -> None:
-    """Plot prototypes, embeddings by class, and an arrow for each class that moved to another prototype.
+    """Plot prototypes, embeddings by class, and an arrow for each class whose prototype is elsewhere than at first.
 
     For d = 3 the plot is an equal-area map of the whole sphere, for d = 2 the circle, and for more dimensions a
     projection to the plane of the prototypes' largest variance.
@@ -306,26 +306,26 @@ def _plot_embeddings(path: Path, models: dict[str, nn.Module], initial_assignmen
     dim = _main_head(models['dl2pa']).dim
     figure = matplotlib.figure.Figure(figsize=(13, 4.3 if dim == 3 else 7), layout='constrained')
     colours = matplotlib.colormaps['tab10' if len(names) <= 10 else 'hsv'].resampled(max(10, len(names)))
-    for column, (kind, before) in enumerate(initial_assignments.items(), start=1):
+    for column, (kind, before) in enumerate(initial_prototypes.items(), start=1):
         head = _main_head(models[kind])
         prototypes, after = head.prototypes.cpu().numpy(), head.assignment.cpu()
         embeddings, labels = _embeddings(models[kind], images, device)
         axes = figure.add_subplot(1, 2, column, projection='mollweide' if dim == 3 else None)
         project = _projection(prototypes)
-        points, prototype_points = project(embeddings), project(prototypes)
+        points, prototype_points, initial_points = project(embeddings), project(prototypes), project(before.numpy())
+        moved = np.linalg.norm(prototypes[after] - before.numpy(), axis=1) > 1e-3
         axes.scatter(*points.T, c=colours(labels), s=9, alpha=0.55, linewidths=0)
         for label in range(len(names)):
-            old, new = prototype_points[before[label]], prototype_points[after[label]]
-            if before[label] != after[label]:
+            old, new = initial_points[label], prototype_points[after[label]]
+            if moved[label]:
                 arrow = dict(arrowstyle='->', color=colours(label), lw=1.4, ls='--', alpha=0.9, shrinkB=9)
                 axes.annotate('', xy=new, xytext=old, arrowprops=arrow)
             axes.scatter(*new, color=colours(label), marker='*', s=260, edgecolors='black', linewidths=0.9, zorder=3)
             axes.annotate(names[label], new, xytext=(9, 7), textcoords='offset points', weight='bold', zorder=4)
         spare = np.setdiff1d(np.arange(len(prototypes)), after.numpy())
         axes.scatter(*prototype_points[spare].T, marker='*', s=120, facecolors='none', edgecolors='grey')
-        moved = int((before != after).sum())
         run = next(run for run in runs if run.head == kind)
-        axes.set_title(f'{HEADS[kind]}: top-1 {run.top1:.1f} %, {moved} of {len(names)} classes moved')
+        axes.set_title(f'{HEADS[kind]}: top-1 {run.top1:.1f} %, {sum(run.moved)} labels moved')
         axes.set_xticklabels([])
         axes.set_yticklabels([])
         axes.grid(alpha=0.25)

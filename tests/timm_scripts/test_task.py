@@ -205,15 +205,17 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
     assert 'K=5' in lines[0] and 'd=3' in lines[0] and 'LabelSmoothingCrossEntropy' in lines[0]
     assert f're-solved every {"epoch" if interval == "epoch" else "3 batches"}, exactly' in lines[0]
     assert len(lines) == 1 + len(ours)
-    assert f'batch {ours[0].step}: {ours[0].moved} of 5 labels moved' in lines[1]
+    assert f'batch {ours[0].step}: the prototypes are fixed from now on' in lines[1]
+    assert f'batch {ours[1].step}: {ours[1].moved} of 5 labels moved' in lines[2]
     assert f'{ours[0].objective_before / 5:.4f} -> {ours[0].objective / 5:.4f}' in lines[1]
     record = rows(tmp_path / 'dl2pa.csv')
     assert [int(row['moved']) for row in record] == [update.moved for update in ours]
     assert [float(row['objective']) for row in record] == pytest.approx([update.objective / 5 for update in ours])
     summary = rows(tmp_path / 'summary.csv')
     assert summary[-1]['train_dl2pa_moved'] == str(ours[-1].moved) and len(summary) == 3
-    assert [row['train_dl2pa_resolves'] for row in summary] == (['0', '1', '2'] if interval == 'epoch' else
-                                                                ['0', '2', '3'])
+    assert [row['train_dl2pa_resolves'] for row in summary] == (['0', '0', '1'] if interval == 'epoch' else
+                                                                ['0', '1', '2'])
+    assert [row['event'] for row in record] == [update.event for update in ours]
 
 
 def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
@@ -223,7 +225,7 @@ def test_weights_and_biases_gets_the_figures(tmp_path, monkeypatch):
         log = staticmethod(logged.append)
 
     monkeypatch.setattr('timm.utils.summary.wandb', Wandb, raising=False)
-    train(tmp_path, dl2pa_dim=3, epochs=2, log_wandb=True)
+    train(tmp_path, dl2pa_dim=3, epochs=2, log_wandb=True, dl2pa_warmup='none')
     assert logged[1]['train_dl2pa_resolves'] == 1 and 'train_dl2pa_objective' in logged[1]
 
 

@@ -42,7 +42,7 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
         >>> type(plain.get_classifier())
         <class 'torch.nn.modules.linear.Linear'>
         >>> torch.save(plain.state_dict(), 'plain.pth')
-        >>> loaded = timm.create_model('test_resnet', num_classes=10, checkpoint_path='plain.pth')  # needs timm alone
+        >>> loaded = timm.create_model('test_resnet', num_classes=100, checkpoint_path='plain.pth')  # needs timm alone
         >>> bool((loaded.eval()(images).argmax(1) == model.eval()(images).argmax(1)).all())
         True
     """
