@@ -59,7 +59,9 @@ def namespace(monkeypatch, tmp_path, hub):
     monkeypatch.setattr(timm, 'create_model', small)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm_dl2pa.wrap_dl2pa(small('test_resnet', num_classes=100), dim=128)
+        # In few dimensions: a set in 128 keeps `prime` busy for half a minute.
+        points = torch.nn.functional.normalize(torch.randn(100, 8))
+        model = timm_dl2pa.wrap_dl2pa(small('test_resnet', num_classes=100), dim=8, prototypes=points)
         images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 100, (8,))
         head = model.get_classifier()
         yield {
