@@ -8,21 +8,23 @@ os.environ['TIMM_DL2PA_CACHE'] = 'off'
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = '1'
 
 import pytest
-import torch
-from huggingface_hub import constants
 
-from tests.helpers.hub_server import Hub
-from timm_dl2pa import DL2PAHead, make_prototypes
+# torch and the package, whose import takes seconds, are imported by fixtures: pytest-xdist's first process, which waits
+# for the others to begin, runs no test.
 
 
 @pytest.fixture
 def generator():
+    import torch
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
 def make_head():
     """Makes heads whose weights depend on nothing but the arguments: a linear neck and a fixed scale, if not given."""
+    import torch
+
+    from timm_dl2pa import DL2PAHead
 
     def make(in_features=12, num_classes=7, dim=4, **kwargs) -> DL2PAHead:
         with torch.random.fork_rng(devices=[]):
@@ -35,6 +37,8 @@ def make_head():
 @pytest.fixture
 def refuse_prototypes(monkeypatch):
     """A function from whose call on an error is raised where prototypes are made, whoever does it."""
+    from timm_dl2pa import make_prototypes
+
     def refused(*_, **__):
         raise AssertionError('prototypes were made')
 
@@ -49,6 +53,10 @@ def refuse_prototypes(monkeypatch):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A small Hub on loopback, which huggingface_hub's client takes for the real one."""
+    from huggingface_hub import constants
+
+    from tests.helpers.hub_server import Hub
+
     with Hub() as hub:
         monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
         monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',

@@ -17,6 +17,7 @@ def output(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_table_as_json(output):
     results = json.loads((output / 'results.json').read_text())
     assert (results['epochs'], results['dim'], results['seed'], results['model']) == (2, 4, 1, 'test_resnet')
@@ -29,6 +30,7 @@ def test_table_as_json(output):
         assert run['top1'] > 20  # twice chance, after two epochs
 
 
+@pytest.mark.slow
 def test_the_trained_model_loads_with_one_call(output):
     model = timm_dl2pa.load_model(output / 'model')
     results = json.loads((output / 'results.json').read_text())
@@ -39,12 +41,14 @@ def test_the_trained_model_loads_with_one_call(output):
     assert not torch.allclose(model.get_classifier().prototypes, timm_dl2pa.make_prototypes(10, 4, seed=1), atol=0.1)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_something(output):
     from PIL import Image
     with Image.open(output / 'embeddings.png') as picture:
         assert picture.width > 1000 and len(picture.convert('RGB').getcolors(10 ** 6)) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', [True, False])
 def test_own_images(tmp_path, split):
     from PIL import Image

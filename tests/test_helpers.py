@@ -25,6 +25,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='there is no /proc')
 @pytest.mark.parametrize('apart', [False, True])
 def test_nothing_is_left_of_a_command_that_takes_too_long(tmp_path, apart):
@@ -59,6 +60,7 @@ def note(rank, folder):
     (folder / str(rank)).write_text(str(os.getpid()))
 
 
+@pytest.mark.slow
 def test_ranks(tmp_path):
     run_ranks(note, tmp_path, folder=tmp_path)
     assert len({(tmp_path / str(rank)).read_text() for rank in range(2)}) == 2

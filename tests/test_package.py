@@ -11,6 +11,7 @@ from tests.helpers.processes import python, run
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_import_brings_nothing_unasked_and_disturbs_nothing():
     out = python("""
 import sys, torch, numpy
@@ -25,6 +26,7 @@ print([name for name in ('matplotlib', 'sklearn', 'tqdm.auto', 'timm_dl2pa.demo'
     assert out.strip() in ('[]', "['tqdm.auto']")  # timm's huggingface_hub may bring tqdm
 
 
+@pytest.mark.slow
 def test_needs_no_network():
     python("""
 import socket
@@ -40,6 +42,7 @@ def test_public_names():
     assert (Path(timm_dl2pa.__file__).parent / 'py.typed').exists()
 
 
+@pytest.mark.slow
 def test_command():
     version = run([str(Path(sys.executable).parent / 'timm-dl2pa'), '--version']).stdout
     assert version.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
@@ -53,6 +56,7 @@ def test_ci_runs_the_readmes_commands():
     assert 'pip install -e ".[test]" && pytest' in readme and 'pip install -e ".[test]" && pytest' in ci
 
 
+@pytest.mark.slow
 def test_readme_tables_are_those_of_the_results():
     script = ROOT / 'benchmarks' / 'readme_tables.py'
     run([sys.executable, str(script), '--check'], cwd=ROOT)

@@ -350,6 +350,7 @@ def test_the_server_refuses_what_it_does_not_know(hub):
         urllib.request.urlopen(request)
 
 
+@pytest.mark.slow
 def test_with_the_environment_variable_alone(hub, one, tmp_path):
     """An unmodified client in a process of its own."""
     one.push_to_hub('me/head', token='hf_writer')

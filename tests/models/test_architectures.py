@@ -62,6 +62,7 @@ def trained_by_a_step(model, images):
     return {id(p): name for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(VERSION < (1, 0, 31), reason='older ones do not run some models on so small images')
 @pytest.mark.parametrize('name', MODELS)
 def test_one_model_of_each_module(name):
@@ -109,6 +110,7 @@ def test_encoders_are_refused():
         wrap_dl2pa(timm.create_model('qwen3_vit_88m_enc'), num_classes=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, classifiers', [
     ('test_resnet', 1), ('dla46_c', 1), ('levit_256d', 1), ('repvit_m1', 1), ('shvit_s1', 1), ('volo_d1_224', 2),
     ('samvit_base_patch16_224', 1), ('crossvit_tiny_240', 2), ('efficientvim_m1', 4)])
@@ -155,6 +157,7 @@ def test_reset_classifier_keeps_what_it_can():
     assert len(model.fc.prototypes) == 9 and model.fc.dim == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['dla46_c', 'levit_256d', 'repvit_m0_9', 'volo_d1_224', 'crossvit_tiny_240',
                                   'samvit_base_patch16_224'])
 def test_models_without_classes(name):

@@ -36,6 +36,7 @@ def both(request):
     return model, fold_dl2pa(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('folded', [False, True])
 def test_export_with_any_batch_size(both, folded):
     model = both[folded]
@@ -43,6 +44,7 @@ def test_export_with_any_batch_size(both, folded):
     assert torch.allclose(program.module()(images(5)), model(images(5)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('folded', [False, True])
 def test_onnx_with_any_batch_size(both, folded, tmp_path):
     """Wrapped by the exporter of torch.export, folded by the older, faster one."""
@@ -58,6 +60,7 @@ def test_onnx_with_any_batch_size(both, folded, tmp_path):
     assert torch.allclose(torch.from_numpy(logits), model(images(5)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dynamo', [False, True])
 def test_timms_onnx_export(dynamo, tmp_path):
     """What timm's onnx_export.py does, on a model that the plugin made; the script itself is in test_scripts.py."""
@@ -74,6 +77,7 @@ def test_timms_onnx_export(dynamo, tmp_path):
     assert torch.allclose(torch.from_numpy(logits), model.eval()(images(5)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('folded', [False, True])
 def test_torchscript(both, folded):
     model = both[folded]

@@ -65,6 +65,7 @@ def test_wrapped_with_another_number_of_classes_than_timm_made_it_for(tmp_path):
     assert load_model(save_model(model, tmp_path)).num_classes == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, arguments', [
     ('levit_128s', dict(img_size=32)), ('crossvit_tiny_240', {}), ('volo_d1_224', dict(img_size=64)),
     ('efficientvit_m0', {}), ('poolformerv2_s12', {}), ('test_mambaout', {}), ('test_vit3', dict(img_size=32)),

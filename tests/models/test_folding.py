@@ -145,6 +145,7 @@ def without_us(path, images, folder, classes=CLASSES):
     return torch.load(folder / 'logits.pt')
 
 
+@pytest.mark.slow
 def test_command_folds_a_training(tmp_path, capsys):
     with plugged_in():
         task = train(tmp_path, dl2pa_dim=3, dl2pa_neck='linear_bn', dl2pa_num_prototypes=6)
@@ -168,6 +169,7 @@ def test_command_folds_a_training(tmp_path, capsys):
     assert not (tmp_path / 'x.pth').exists()
 
 
+@pytest.mark.slow
 def test_command_folds_a_folder(tmp_path, capsys):
     model = trained()
     main(['fold', str(save_model(model, tmp_path / 'model')), str(tmp_path / 'plain.safetensors')])

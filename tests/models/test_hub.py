@@ -87,6 +87,7 @@ def test_another_number_of_classes(hub, caplog):
     assert gram.fill_diagonal_(0).max() < 0.95  # spread, not those that stood in for the file's
 
 
+@pytest.mark.slow
 def test_folded_needs_timm_alone(hub, tmp_path):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/plain', folded=True, label_names=LABELS, token='hf_writer')
@@ -233,6 +234,7 @@ def test_a_busy_hub(hub, status):
         load_model('me/model')
 
 
+@pytest.mark.slow
 def test_no_token_is_logged(hub, tmp_path):
     script = """
 import logging, timm, timm_dl2pa
@@ -252,6 +254,7 @@ for push in (timm_dl2pa.push_model_to_hub, timm_dl2pa.push_head_to_hub):
     assert 'hf_writer' not in done.stdout + done.stderr and 'hf_reader' not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_offline(hub, tmp_path):
     """HF_HUB_OFFLINE in the environment of a process of its own."""
     model = make('test_resnet', {})

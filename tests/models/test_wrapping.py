@@ -76,6 +76,7 @@ def test_timms_interface_goes_on_working(wrapped):
     assert min(scales.values()) < 1.0 and len(scales) == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_trains_a_step(wrapped):
     model, _ = wrapped
     model = copy.deepcopy(model).train()
@@ -196,6 +197,7 @@ def test_model_ema_carries_the_assignment_in_force():
     assert ema.module.fc.training_view.on_embeddings is None
 
 
+@pytest.mark.slow
 def test_compiled_whole_model_with_scheduler():
     torch._dynamo.reset()
     model = wrap_dl2pa(small(), 8).train()

@@ -87,6 +87,7 @@ def in_process(rank, folder):
     torch.save(make_prototypes(60, 7), folder / f'{rank}.pt')
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path):
     run_ranks(in_process, tmp_path, folder=tmp_path)
     path, = (tmp_path / 'cache').iterdir()
@@ -121,6 +122,7 @@ def test_bad_files(tmp_path):
     assert not list(tmp_path.glob('*.part'))
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     pytest.importorskip('matplotlib')
     out, plot = tmp_path / 'p.safetensors', tmp_path / 'p.png'

@@ -34,6 +34,7 @@ def test_polygon_in_the_plane():
     assert torch.allclose(cosines[:, -2], torch.tensor(np.cos(2 * np.pi / 7)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', PUBLISHED)
 @pytest.mark.parametrize('seed', [0, 1])
 def test_energy_at_most_the_published(size, seed):

@@ -13,12 +13,14 @@ OPTIMAL = {(12, 3): 5 ** -0.5, (24, 3): 0.7230784968, (24, 4): 0.5, (16, 5): 0.2
            (240, 8): 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', OPTIMAL)
 def test_finds_optimal_codes(size):
     points = make_prototypes(*size, objective='separated', effort=0.3)
     assert prototype_quality(points).max_cosine == pytest.approx(OPTIMAL[size], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size, most', [
     ((100, 5), 0.6875), ((100, 10), 0.3406), ((100, 16), 0.2000001), ((100, 32), 0.078)])
 def test_well_separated_in_seconds(size, most):

@@ -67,6 +67,7 @@ def in_process(rank, folder, train_output, options):
 
 
 # In the background: rank 0 saves while a solve is pending.
+@pytest.mark.slow
 @pytest.mark.parametrize('train_output, options, solves', [
     ('logits', dict(warmup='none'), 3), ('embeddings', dict(warmup='none'), 3), ('logits', dict(recipe='paper'), 3),
     ('logits', dict(warmup_length=4, evenness=0.3), 2),

@@ -17,6 +17,7 @@ from tests.helpers import processes
 REPO = os.environ.get('TIMM_REPO')
 pytestmark = [
     pytest.mark.timm,
+    pytest.mark.slow,
     pytest.mark.skipif(not REPO, reason="TIMM_REPO names no checkout of timm's repository, whose scripts are run here"),
 ]
 

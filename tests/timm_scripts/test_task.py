@@ -393,6 +393,7 @@ def test_the_averaged_model_has_the_rotated_prototypes(tmp_path):
         make_model(dl2pa_dim=3).load_state_dict(load(tmp_path / 'last.pth.tar')['state_dict_ema'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(), dict(dl2pa_loss='squared_cosine'), dict(autocast=torch.bfloat16), dict(compiled=True),
     dict(mixup=dict(mixup_alpha=0.8)), dict(name='deit_tiny_distilled_patch16_224', img_size=32, depth=1)], ids=str)
@@ -430,6 +431,7 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 # --- resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_length='2 epochs'),
                                  dict(warmup='none'), dict(recipe='even'), dict(recipe='paper'),
                                  dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax'),
@@ -585,6 +587,7 @@ def in_process(rank, folder):
     torch.save(answers, f'{folder}/{rank}.pt')
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     run_ranks(in_process, str(tmp_path), folder=tmp_path)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
