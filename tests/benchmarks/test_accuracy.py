@@ -125,12 +125,12 @@ def rerun(head):
     The head's observer is that of the recording then: a graph has the kernels, and nothing that Python did.
     """
     def record(function):
-        observer = head.observer
+        view, observer = head.training_view, head.training_view.on_embeddings
 
         def replay():
-            current, head.observer = head.observer, observer
+            current, view.on_embeddings = view.on_embeddings, observer
             function()
-            head.observer = current
+            view.on_embeddings = current
         return replay
     return record
 
