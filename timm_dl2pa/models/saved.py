@@ -72,6 +72,9 @@ def save_model(
 def check_savable(model: nn.Module) -> None:
     """Check that a model has a DL2PA head and was made by timm.
 
+    Args:
+        model: The model to check.
+
     Raises:
         ValueError: It has no head, was not made by `timm.create_model`, or is the wrapper of `torch.compile`.
     """
