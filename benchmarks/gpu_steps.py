@@ -110,6 +110,10 @@ _REAL_TRAIN_STEP = ('--models', 'resnet50', '--sizes', '1000,512', '--batch-size
                     '--channels-last', '--rounds', '8', '--repeats', '5', '--warm-up', '2')
 
 
+# Seconds for a toy step: mostly the import of PyTorch and timm, on a machine that has other work.
+_TOY_LIMIT = 240
+
+
 def _toy_steps(device: str, seconds: float, parallel: int, epoch: float) -> list[Step]:
     """Return each kind of step at a size that takes a moment, on scikit-learn's digits, side by side.
 
@@ -119,19 +123,19 @@ def _toy_steps(device: str, seconds: float, parallel: int, epoch: float) -> list
     short = peers('distiller_100', 50)
     toy = ('--model', 'cifar_resnet8', '--epochs', '1', '--dim', '4')
     steps = [
-        Step('tests', 'tests', 'gpu_tests.py', (*on, '--select', 'float32'), 'gpu_tests.json', 1, 60,
+        Step('tests', 'tests', 'gpu_tests.py', (*on, '--select', 'float32'), 'gpu_tests.json', 1, _TOY_LIMIT,
              complete=_tests_passed),
         Step('head_step', 'head_step', 'head_step.py',
              (*on, '--batch-size', '8', '--sizes', '40,8', '--rounds', '1', '--repeats', '1', '--resume'),
-             'head_step.json', 1, 60),
+             'head_step.json', 1, _TOY_LIMIT),
         *(_training([*run, *toy], on, 'cifar', None) for run in (short[2], short[4], *short[5:7])),
         _training([*peers('paper', 50)[7], *toy], on, 'cifar', None),
-        Step('assignment', 'assignment', 'assignment.py', (*on, '--sizes', '60'), 'assignment.json', 1, 60),
+        Step('assignment', 'assignment', 'assignment.py', (*on, '--sizes', '60'), 'assignment.json', 1, _TOY_LIMIT),
         Step('prototypes', 'prototypes', 'prototypes.py', (*on, '--sizes', '20,4', '--effort', '0.001'),
-             'prototypes.json', 1, 60),
+             'prototypes.json', 1, _TOY_LIMIT),
         *(Step(name, 'train_step', 'train_step.py',
                (*on, '--models', 'test_resnet', '--sizes', '10,4', '--batch-size', '2', '--image-size', '32', '--amp',
-                'bfloat16', '--channels-last', '--rounds', '1', *more), f'{name}.json', 1, 60)
+                'bfloat16', '--channels-last', '--rounds', '1', *more), f'{name}.json', 1, _TOY_LIMIT)
           for name, more in (('train_step', ()), ('train_step_compiled', ('--compile', 'eager')))),
         _training([*short[0], *toy], on, 'tiny_imagenet', None),
     ]

@@ -62,6 +62,8 @@ def main() -> int:
         chosen += ['-k', args.select]
     # A file that cannot be imported there keeps the others from nothing.
     options = ['-q', '--no-header', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
+    if args.device == 'cpu':
+        options.append('--numprocesses=0')  # few tests: other processes would take longer to start than they take
     status = pytest.main([str(TESTS), *chosen, *options], plugins=[recorder])
     recorder.complete = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     recorder.write()

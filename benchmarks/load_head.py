@@ -24,7 +24,7 @@ import torch
 from results_file import write_results
 from tqdm import tqdm
 
-import timm_dl2pa.head.head
+import timm_dl2pa.head.module
 import timm_dl2pa.models.wrapping
 from timm_dl2pa import DL2PAHead, load_head, make_prototypes, wrap_dl2pa
 
@@ -50,7 +50,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         head.save_pretrained(folder)
         files = sorted(Path(folder).iterdir())
-        with patch.object(timm_dl2pa.head.head, 'make_prototypes', wraps=make_prototypes) as in_head, \
+        with patch.object(timm_dl2pa.head.module, 'make_prototypes', wraps=make_prototypes) as in_head, \
                 patch.object(timm_dl2pa.models.wrapping, 'make_prototypes', wraps=make_prototypes) as in_models:
             for number in tqdm(range(args.rounds + 1), unit='round'):
                 backbone = timm.create_model(args.model)

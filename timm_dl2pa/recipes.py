@@ -34,6 +34,10 @@ class Recipe:
 
 
 RECIPES = {recipe.name: recipe for recipe in (
+    # Prototypes move with their classes for half of the training, then they are fixed: accuracy in few dimensions.
+    Recipe(name='placed', warmup='placed', warmup_length='half'),
+    # Evenly spread prototypes, rotated as a whole once and matched, then fixed: margins that are known.
+    Recipe(name='even', warmup='rotated', warmup_length='1 epoch'),
     # DL2PA, section 3, to the letter: evenly spread prototypes that never move, a random first assignment, class means
     # as an exponential moving average with momentum 0.9, matching once an epoch, squared cosines summed over the batch.
     # It leaves out what belongs to the training: optimiser, learning rate, augmentation, and the long-tailed variant
@@ -48,10 +52,6 @@ RECIPES = {recipe.name: recipe for recipe in (
         memory=0.9,
         random_start=True,
     ),
-    # Evenly spread prototypes, rotated as a whole once and matched, then fixed: known margins.
-    Recipe(name='even', warmup='rotated', warmup_length='1 epoch'),
-    # Prototypes move with their classes for half of the training, then they are fixed: accuracy in few dimensions.
-    Recipe(name='placed', warmup='placed', warmup_length='half'),
 )}
 
 DEFAULT_RECIPE = 'placed'

@@ -1,6 +1,5 @@
 """The accuracy benchmark can be trusted: its runs resume to the bit, and its measures are what they say."""
 import json
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 import accuracy_metrics as metrics
 import image_arrays
 from accuracy_execute import execute
@@ -23,7 +22,7 @@ from training_step import GraphedStep, PlainStep
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead
 
-RESULTS = Path(__file__).parents[1] / 'benchmarks' / 'results' / 'accuracy'
+RESULTS = Path(__file__).parents[2] / 'benchmarks' / 'results' / 'accuracy'
 
 SMALL = dict(model='cifar_resnet8', dim=4, epochs=2, precision='float32')
 
@@ -126,12 +125,12 @@ def rerun(head):
     The head's observer is that of the recording then: a graph has the kernels, and nothing that Python did.
     """
     def record(function):
-        observer = head.observer
+        view, observer = head.training_view, head.training_view.on_embeddings
 
         def replay():
-            current, head.observer = head.observer, observer
+            current, view.on_embeddings = view.on_embeddings, observer
             function()
-            head.observer = current
+            view.on_embeddings = current
         return replay
     return record
 
@@ -155,7 +154,7 @@ def small_training(graphed, options, steps=12, record=rerun):
 
 @pytest.mark.parametrize('options, replays', [
     # Three plain steps in each phase. Seven batches see the warm-up of six: its end comes after the seventh's forward.
-    (dict(warmup=0), 9), (dict(warmup=6), 4 + 2), (dict(warmup=6, evenness=math.inf), 2)])
+    (dict(warmup='none'), 9), (dict(warmup_length=6), 4 + 2), (dict(recipe='even', warmup_length=6), 2)])
 def test_a_recorded_step_is_the_plain_one(options, replays):
     _, plain_model, plain_scheduler, plain_losses = small_training(False, options)
     step, model, scheduler, losses = small_training(True, options)
@@ -175,13 +174,13 @@ def test_where_recording_fails_the_step_stays_plain():
     def refused(function):
         raise RuntimeError('no graph here')
 
-    _, plain_model, _, plain_losses = small_training(False, dict(warmup=0))
+    _, plain_model, _, plain_losses = small_training(False, dict(warmup='none'))
     with pytest.warns(UserWarning, match='no graph here'):
-        step, model, _, losses = small_training(True, dict(warmup=0), record=lambda head: refused)
+        step, model, _, losses = small_training(True, dict(warmup='none'), record=lambda head: refused)
     assert step.failure == 'RuntimeError: no graph here' and not step.replays and losses == plain_losses
     assert all(torch.equal(value, plain_model.state_dict()[name]) for name, value in model.state_dict().items())
     with pytest.warns(UserWarning, match='not permitted'):
-        step, *_ = small_training(True, dict(warmup=0), record=lambda head: broken)
+        step, *_ = small_training(True, dict(warmup='none'), record=lambda head: broken)
     assert step.failure.endswith('stream is capturing')
 
 

@@ -106,7 +106,7 @@ def test_wrap_with_a_head(tmp_path):
                                (dict(dim=6, scale=3.0), 'scale, dim cannot be given together')):
         with pytest.raises(ValueError, match=message):
             wrap_dl2pa(distilled, head=tmp_path, **arguments)
-    with pytest.raises(ValueError, match='head takes 96 features, but the classifier of VisionTransformerDistilled is '
+    with pytest.raises(ValueError, match='head takes 96 features, but the classifier of VisionTransformerDistilled '
                                          'takes 192'):
         wrap_dl2pa(distilled, head=tmp_path)
     assert isinstance(distilled.head, torch.nn.Linear)

@@ -6,9 +6,9 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm_dl2pa.head.head import heads_of
 
 from timm_dl2pa import AssignmentScheduler, make_prototypes, wrap_dl2pa
+from timm_dl2pa.head import heads_of
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore')]
 

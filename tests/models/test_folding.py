@@ -5,12 +5,12 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from timm_dl2pa.head.head import heads_of
 
 from tests.helpers.processes import python
 from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, fold_dl2pa, save_model, wrap_dl2pa
 from timm_dl2pa.cli import main
+from timm_dl2pa.head import heads_of
 from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = pytest.mark.timm
@@ -186,4 +186,4 @@ def test_command_refuses_several_classifiers_and_plain_models(tmp_path, capsys):
             main(['fold', str(source), str(tmp_path / 'out.pth')])
         assert message in capsys.readouterr().err
     main(['fold', str(folder), str(tmp_path / 'out.pth'), '--normalize'])
-    assert 'no model of timm' in capsys.readouterr().out
+    assert 'which timm alone cannot load' in capsys.readouterr().out

@@ -159,14 +159,14 @@ def test_soft_targets_count_by_their_shares():
 
 def test_unseen_classes_are_told_of():
     model = Model(6)
-    with pytest.warns(UserWarning, match='1 of 20 classes had no images, class 7'):
+    with pytest.warns(UserWarning, match=r'1 of 20 classes had no images \(the first is class 7\)'):
         prime(model, ((x[labels != 7], labels[labels != 7]) for x, labels in batches(10)), progress=False)
     assert torch.isfinite(model.heads[0].neck.weight).all()
     assert sorted(model.heads[0].assignment.tolist()) == list(range(CLASSES))
 
 
 @pytest.mark.parametrize('loader, message', [
-    ([], 'gave no batch'), ([(torch.zeros(3, FEATURES), torch.zeros(2, dtype=int))], 'targets must be class indices'),
+    ([], 'has no batch'), ([(torch.zeros(3, FEATURES), torch.zeros(2, dtype=int))], 'targets must be class indices'),
     ([(torch.zeros(3, FEATURES), torch.tensor([0, 1, 20]))], 'targets must be within 0..19, not from 0 to 20'),
     ([(torch.full((3, FEATURES), float('nan')), torch.tensor([0, 1, 2]))], 'features .* not finite')])
 def test_bad_input_changes_nothing(loader, message):
@@ -181,7 +181,7 @@ def test_bad_input_changes_nothing(loader, message):
 def test_what_cannot_be_primed():
     with pytest.raises(ValueError, match=r'Linear.*no DL2PAHead'):
         prime(nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match='scheduler is of another model'):
+    with pytest.raises(ValueError, match='scheduler belongs to another model'):
         prime(Model(6), [], AssignmentScheduler(Model(6)))
 
 

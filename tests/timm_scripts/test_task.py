@@ -106,7 +106,7 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
     (dict(dl2pa_loss='balanced_softmax', dl2pa_loss_weight=3.0), "no meaning with dl2pa_loss='balanced_softmax'"),
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
-    (dict(dl2pa_recipe='fast'), "dl2pa_recipe must be one of paper, even, placed, not 'fast'"),
+    (dict(dl2pa_recipe='fast'), "dl2pa_recipe must be one of placed, even, paper, not 'fast'"),
     (dict(dl2pa_warmup_epochs=1), 'dl2pa_warmup_epochs: no such option'),
     (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1'),
 ])
@@ -456,7 +456,7 @@ def test_the_scheduler_gets_its_options(tmp_path, caplog):
     task = train(tmp_path, dl2pa_dim=3, dl2pa_interval='2:4,3', dl2pa_background=True, dl2pa_lag=2, dl2pa_min_gain=0.01,
                  dl2pa_warmup='none')
     assert 're-solved every 2 (up to 4), then 3 batches in the background, 2 batches behind, exactly' in caplog.text
-    assert task.assignment_scheduler.min_gain == 0.01
+    assert task.assignment_scheduler.resolver.min_gain == 0.01
     # The one that fell due after the fourth batch began when the first was taken, both before the fifth.
     assert [update.step for update in task.assignment_scheduler.history] == [2, 4, 7]
 

@@ -209,7 +209,14 @@ def check_finite(tensors: dict[str, torch.Tensor], origin: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
+    """Compute the sha256 of a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The digest, in hexadecimal digits.
+    """
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(2 ** 20):

@@ -221,7 +221,7 @@ class SavedModule:
             huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
 
         Example:
-            >>> head.push_to_hub('user/name', metrics={'accuracy': 0.81})  # doctest: +SKIP
+            >>> address = head.push_to_hub('me/my-head', metrics={'accuracy': 0.81})
         """
         label_names = self.label_names if label_names is None else label_names
         contents = self.file_contents(label_names)

@@ -159,6 +159,9 @@ def _check_head(saved: SavedModel, meta_model: nn.Module, origin: str) -> None:
 def check_backbone(name: Any) -> None:
     """Check that the name of a backbone is in timm's registry: not a folder, a repository or the entry `dl2pa`.
 
+    Args:
+        name: The value to check.
+
     Raises:
         ValueError: It is not.
     """
@@ -168,6 +171,9 @@ def check_backbone(name: Any) -> None:
 
 def check_backbone_arguments(arguments: dict[str, Any]) -> None:
     """Check that the arguments of a backbone name no weights: a downloaded config must not load any other file.
+
+    Args:
+        arguments: The arguments by name.
 
     Raises:
         ValueError: One of the arguments concerns weights.

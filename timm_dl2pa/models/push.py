@@ -65,9 +65,9 @@ def push_head_to_hub(
         huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
 
     Example:
-        >>> push_head_to_hub(model, 'user/name', metrics={'accuracy': 0.81}, license='mit')  # doctest: +SKIP
-        >>> load_head('user/name').num_classes  # doctest: +SKIP
-        10
+        >>> address = push_head_to_hub(model, 'me/my-head', metrics={'accuracy': 0.81}, license='mit')
+        >>> load_head('me/my-head').num_classes
+        100
     """
     heads = heads_of(model_or_head)
     if not heads:
@@ -138,9 +138,9 @@ def push_model_to_hub(
         huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
 
     Example:
-        >>> push_model_to_hub(model, 'user/name', metrics={'accuracy': 0.81})  # doctest: +SKIP
-        >>> timm.create_model('hf-hub:user/name', pretrained=True).num_classes  # doctest: +SKIP
-        10
+        >>> address = push_model_to_hub(model, 'me/my-model', metrics={'accuracy': 0.81})
+        >>> timm.create_model('hf-hub:me/my-model', pretrained=True).num_classes
+        100
     """
     check_savable(model)
     label_names = label_names or getattr(model, 'label_names', None)

@@ -72,6 +72,9 @@ def save_model(
 def check_savable(model: nn.Module) -> None:
     """Check that a model has a DL2PA head and was made by timm.
 
+    Args:
+        model: The model to check.
+
     Raises:
         ValueError: It has no head, was not made by `timm.create_model`, or is the wrapper of `torch.compile`.
     """
@@ -122,11 +125,10 @@ def load_model(
         huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached, or refuses the request.
 
     Example:
-        >>> folder = save_model(model, 'my-model', label_names=list('0123456789'))
-        >>> loaded = load_model(folder)
-        >>> loaded.training, loaded.label_names[:3]
-        (False, ['0', '1', '2'])
-        >>> load_model('user/name', device='cuda')  # doctest: +SKIP
+        >>> folder = save_model(model, 'my-model')
+        >>> loaded = load_model(folder)             # or load_model('me/my-model'), of the Hub
+        >>> loaded.training
+        False
     """
     folder, origin = find_files(source, 'a DL2PA model', revision=revision, token=token, cache_dir=cache_dir,
                                 force_download=force_download, local_files_only=local_files_only)

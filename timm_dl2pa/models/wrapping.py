@@ -152,7 +152,13 @@ def _has_no_classes(model: nn.Module) -> bool:
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule of a model at a path, such as 'head.fc'."""
+    """Replace a submodule of a model.
+
+    Args:
+        model: The model, which is changed in place.
+        path: The path of the submodule, such as 'head.fc'.
+        module: The new submodule.
+    """
     parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, module)
 
@@ -253,7 +259,14 @@ def record_registry_entry(model: nn.Module, config: DL2PAConfig | None) -> None:
 
 
 def registry_options(config: DL2PAConfig) -> dict[str, Any]:
-    """Return the dl2pa_... options, without the prototypes, with which timm's registry makes a head of this config."""
+    """Return the options with which timm's registry makes a head of a config, without its prototypes.
+
+    Args:
+        config: The config of the head.
+
+    Returns:
+        The options by their dl2pa_... names.
+    """
     options = {PREFIX + name: getattr(config, name) for name in names_of('head')
                if name not in ('num_prototypes', 'prototypes')}
     if config.num_prototypes != config.num_classes:
@@ -264,7 +277,14 @@ def registry_options(config: DL2PAConfig) -> dict[str, Any]:
 
 
 def backbone_name(model: nn.Module) -> str | None:
-    """Return the name of a wrapped model's backbone for `timm.create_model`, with its tag; None if it is unknown."""
+    """Return the name of a wrapped model's backbone.
+
+    Args:
+        model: A wrapped model, or any other module.
+
+    Returns:
+        The name for `timm.create_model`, with its tag; None if it is unknown.
+    """
     return getattr(model, '_model_args', {}).get('dl2pa_backbone')
 
 

@@ -126,9 +126,7 @@ class AssignmentScheduler:
 
     def _count(self, unit: str) -> None:
         count = self.clock.count(unit)
-        if self.warmup:
-            self.due |= self.clock.reached(self.warmup_length)
-        elif self.schedule.unit == unit and self.schedule.due(count):
+        if not self.warmup and self.schedule.unit == unit and self.schedule.due(count):
             self.due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def resolve_if_due(self) -> AssignmentUpdate | None:
@@ -141,6 +139,7 @@ class AssignmentScheduler:
                 sums stay as they were; `class_means.reset()` drops the sums.
         """
         update = self.resolver.take(self.steps)
+        self.due |= self.warming_up and self.clock.reached(self.warmup_length)
         if not self.due or self.resolver.pending is not None:
             return update
         self.merge()

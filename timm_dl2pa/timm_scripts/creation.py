@@ -21,7 +21,14 @@ _OPTIONS_ATTRIBUTE = 'dl2pa_options'
 
 
 def plugin_options(model: nn.Module) -> PluginOptions | None:
-    """Return the options that a model was created with, or None for any other model."""
+    """Return the options that a model was created with.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The options, or None if the model was created without any.
+    """
     return getattr(model, _OPTIONS_ATTRIBUTE, None)
 
 

@@ -214,13 +214,28 @@ class DL2PATask(TrainingTask):
             self.assignment_scheduler.merge()
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> TrainingTask:
-        """Wrap the model for distributed training, also on the CPU. See timm's method."""
+        """Wrap the model for distributed training, also on the CPU.
+
+        Args:
+            device_ids: See timm's method; ignored on the CPU.
+            ddp_kwargs: Arguments of DistributedDataParallel.
+
+        Returns:
+            This task.
+        """
         # timm's script passes device_ids=[cpu], which DistributedDataParallel refuses.
         return super().prepare_distributed(
             device_ids=None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Return the parameters for gradient clipping, without those of the heads if `exclude_head`."""
+        """Return the parameters for gradient clipping.
+
+        Args:
+            exclude_head: Whether to leave out the parameters of the heads.
+
+        Returns:
+            The parameters.
+        """
         # timm excludes the last two parameters, those of a linear classifier. A head may have another number of them.
         heads = {id(parameter) for head in self.dl2pa_heads for parameter in head.parameters()}
         parameters = super().get_clip_parameters(exclude_head=False)
@@ -340,5 +355,12 @@ class DL2PATask(TrainingTask):
 
 @cache
 def task_class_for(base: type[TrainingTask]) -> type[TrainingTask]:
-    """Return the subclass of a timm task class for DL2PA models. It has the same name."""
+    """Return the subclass of a timm task class for DL2PA models.
+
+    Args:
+        base: A task class of timm.
+
+    Returns:
+        A class with the same name that derives from `DL2PATask` and `base`.
+    """
     return type(base.__name__, (DL2PATask, base), {'__module__': base.__module__, '__doc__': base.__doc__})

@@ -14,7 +14,14 @@ _PAIRS_AT_A_TIME = 2 ** 11
 
 
 def unit_of(largest: float) -> float:
-    """Return a power of two near a magnitude. Division by it is exact, and keeps the scores in the range of float32."""
+    """Return a unit for scores, a power of two. Division by it is exact, and keeps the scores in the range of float32.
+
+    Args:
+        largest: The largest magnitude of the scores, at least 0.
+
+    Returns:
+        A power of two near `largest`; 1 if `largest` is 0.
+    """
     return float(2.0 ** np.clip(np.frexp(largest)[1], -1073, 1000)) if largest else 1.0
 
 
@@ -74,7 +81,14 @@ class Scores(ABC):
 
     @abstractmethod
     def error(self, prices: np.ndarray) -> np.ndarray:
-        """Return bounds (C,) float64 on the rounding errors of the entries of `profits`, for prices (K,)."""
+        """Return bounds on the rounding errors of the entries of `profits`.
+
+        Args:
+            prices: (K,) float64.
+
+        Returns:
+            (C,) float64, a bound for each row.
+        """
 
     @abstractmethod
     def average(self) -> np.ndarray:
@@ -86,7 +100,15 @@ class Scores(ABC):
 
     @abstractmethod
     def part(self, rows: np.ndarray, columns: np.ndarray) -> 'Scores':
-        """Return the scores of a subset of the classes and a subset of the prototypes, given by their indices."""
+        """Return the scores of a subset of the classes and a subset of the prototypes.
+
+        Args:
+            rows: (M,) classes.
+            columns: (N,) prototypes.
+
+        Returns:
+            Scores of the shape (M, N), in the same unit.
+        """
 
     def blocks(self) -> list[slice]:
         """Split the rows into blocks of a few megabytes, in order."""
@@ -119,6 +141,7 @@ class Products(Scores):
         self._fast: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def pairs(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """See `Scores.pairs`."""
         products = np.empty(len(rows))
         for first in range(0, len(rows), _PAIRS_AT_A_TIME):
             part = slice(first, first + _PAIRS_AT_A_TIME)
@@ -126,6 +149,7 @@ class Products(Scores):
         return products
 
     def profits(self, rows: slice, prices: np.ndarray) -> torch.Tensor:
+        """See `Scores.profits`."""
         if self._fast is None:
             self._fast = (torch.from_numpy(self.means.astype(np.float32)).to(self.device),
                           torch.from_numpy(self.prototypes.astype(np.float32)).to(self.device).T)
@@ -134,9 +158,11 @@ class Products(Scores):
             return torch.addmm(torch.from_numpy(-prices.astype(np.float32)).to(self.device), means[rows], prototypes)
 
     def exact(self, rows: np.ndarray) -> np.ndarray:
+        """See `Scores.exact`."""
         return self.means[rows] @ self.prototypes.T
 
     def error(self, prices: np.ndarray) -> np.ndarray:
+        """See `Scores.error`."""
         # Higham 2002, section 3.1: the error of an inner product of d terms in float32 is at most about d 2^-24 times
         # the product of the lengths. Factors of reduced precision add their own errors. The last term covers values
         # that underflow in float32.
@@ -144,12 +170,15 @@ class Products(Scores):
         return relative * self.ceiling + 2.0 ** -22 * np.abs(prices).max(initial=0.0) + 1e-36
 
     def average(self) -> np.ndarray:
+        """See `Scores.average`."""
         return self.prototypes @ self.means.mean(axis=0)
 
     def indifferent(self) -> np.ndarray:
+        """See `Scores.indifferent`."""
         return ~self.means.any(axis=1)
 
     def part(self, rows: np.ndarray, columns: np.ndarray) -> 'Products':
+        """See `Scores.part`."""
         part = object.__new__(Products)
         part.unit, part.device = self.unit, self.device
         part.means, part.prototypes = self.means[rows], self.prototypes[columns]
@@ -181,25 +210,32 @@ class Table(Scores):
         return part.double() if len(self._columns) == self.table.shape[1] else part[:, self._columns].double()
 
     def pairs(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """See `Scores.pairs`."""
         return self.table[self._rows[rows], self._columns[columns]].double().cpu().numpy() / self.unit
 
     def profits(self, rows: slice, prices: np.ndarray) -> torch.Tensor:
+        """See `Scores.profits`."""
         return self._read(rows) / self.unit - torch.from_numpy(prices).to(self.table.device)
 
     def exact(self, rows: np.ndarray) -> np.ndarray:
+        """See `Scores.exact`."""
         return self.table[self._rows[rows]].double().cpu().numpy()[:, self._columns] / self.unit
 
     def error(self, prices: np.ndarray) -> np.ndarray:
+        """See `Scores.error`."""
         return np.full(self.shape[0], 2.0 ** -52 * (1 + np.abs(prices).max(initial=0.0)))
 
     def average(self) -> np.ndarray:
+        """See `Scores.average`."""
         sums = sum(self._read(rows).sum(dim=0) for rows in self.blocks())
         return sums.cpu().numpy() / self.unit / self.shape[0]
 
     def indifferent(self) -> np.ndarray:
+        """See `Scores.indifferent`."""
         return self._all_equal
 
     def part(self, rows: np.ndarray, columns: np.ndarray) -> 'Table':
+        """See `Scores.part`."""
         part = object.__new__(Table)
         part.table, part.unit = self.table, self.unit
         part._rows, part._columns = self._rows[rows], self._columns[columns]
