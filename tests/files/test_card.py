@@ -159,6 +159,7 @@ def pushed(hub, path, *options):
     return files['README.md'].decode(), ModelCard(files['README.md'].decode()).data
 
 
+@pytest.mark.slow
 def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     task, run = trained

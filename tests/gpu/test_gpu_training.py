@@ -1,6 +1,4 @@
 """Whole training steps on a device: a plain loop, timm's task with its scaler, several processes, CUDA graphs."""
-import os
-import socket
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,14 +6,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.task import ClassificationTask
 from timm.utils import NativeScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers.processes import run_ranks
 from tests.helpers.recipe_words import RECIPES, plugin_options, scheduler_arguments
 from timm_dl2pa import AssignmentScheduler, DL2PAHead
 from timm_dl2pa.timm_scripts import plugged_in
@@ -23,6 +20,7 @@ from timm_dl2pa.timm_scripts import plugged_in
 sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 from training_step import GraphedStep, PlainStep
 
+pytestmark = pytest.mark.slow
 CLASSES = 5
 
 
@@ -126,18 +124,10 @@ def test_timms_task_compiled_under_autocast_while_prototypes_are_placed(device):
 # --- several processes, of which there is one: the calls are those of several
 
 
-def _in_process(rank, port, folder, device, recipe, sync_bn, background):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    device = torch.device(device)
-    if device.type == 'cuda':
-        torch.cuda.set_device(0)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank=rank, world_size=1)
+def _in_process(rank, folder, device_name, recipe, sync_bn, background):
+    device = torch.device(device_name)
     answer = _train(device, recipe, sync_bn, background, distributed=True)
     torch.save(answer, f'{folder}/answer.pt')
-    dist.barrier()
-    # Threads of the backend now and then abort a process that is torn down.
-    os._exit(0)
 
 
 def _train(device, recipe, sync_bn, background, distributed):
@@ -163,12 +153,10 @@ def _train(device, recipe, sync_bn, background, distributed):
 @pytest.mark.parametrize('recipe, sync_bn, background', [
     ('placed', True, False), ('even', False, False), ('paper', False, True)])
 def test_one_process_of_a_distributed_run(tmp_path, device, recipe, sync_bn, background):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     # Synchronised batch norm is for GPUs alone.
     sync_bn &= device.type == 'cuda'
-    mp.spawn(_in_process, (port, str(tmp_path), device.type, recipe, sync_bn, background), nprocs=1)
+    run_ranks(_in_process, str(tmp_path), device.type, recipe, sync_bn, background, folder=tmp_path, count=1,
+              backend='nccl' if device.type == 'cuda' else 'gloo')
     found = torch.load(tmp_path / 'answer.pt')
     expected = _train(device, recipe, False, background, distributed=False)
     assert found['steps'] == expected['steps'] and len(found['steps']) >= 2

@@ -49,15 +49,22 @@ def python(code: str, *arguments: str, **kwargs) -> str:
     return run([sys.executable, '-c', code, *arguments], **kwargs).stdout
 
 
-def run_ranks(target: Callable, *arguments, folder: Path, count: int = 2, limit: float = LIMIT) -> None:
-    """Call `target(rank, *arguments)` in `count` processes that form a group of gloo's.
+def run_ranks(
+        target: Callable,
+        *arguments,
+        folder: Path,
+        count: int = 2,
+        backend: str = 'gloo',
+        limit: float = LIMIT,
+) -> None:
+    """Call `target(rank, *arguments)` in `count` processes that form a group, with 'nccl' one to a GPU.
 
     They are forks of one process that has imported everything, and done nothing: an import takes seconds. Their
     environment is that of the first call.
     """
     mp.get_context('forkserver').set_forkserver_preload(['timm_dl2pa', 'timm.loss', 'timm.task', 'pytest'])
-    ranks = mp.start_processes(_rank, (count, str(folder / 'rendezvous'), target, arguments), nprocs=count, join=False,
-                               start_method='forkserver')
+    ranks = mp.start_processes(_rank, (backend, count, str(folder / 'rendezvous'), target, arguments), nprocs=count,
+                               join=False, start_method='forkserver')
     end = time.monotonic() + limit
     try:
         while not ranks.join(timeout=max(end - time.monotonic(), 0)):
@@ -67,13 +74,15 @@ def run_ranks(target: Callable, *arguments, folder: Path, count: int = 2, limit:
             process.kill()
 
 
-def _rank(rank: int, count: int, rendezvous: str, target: Callable, arguments: tuple) -> None:
+def _rank(rank: int, backend: str, count: int, rendezvous: str, target: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    if backend == 'nccl':
+        torch.cuda.set_device(rank)
     # They meet in a file: a port that is free now may be another test's a moment later.
-    dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=count)
+    dist.init_process_group(backend, init_method=f'file://{rendezvous}', rank=rank, world_size=count)
     target(rank, *arguments)
     dist.barrier()
-    # torch's gloo threads now and then abort the process while it is torn down (seen without any code of ours).
+    # Threads of the backend now and then abort the process while it is torn down (seen without any code of ours).
     os._exit(0)
 
 

@@ -41,6 +41,7 @@ def logits(model, arguments):
         return model(torch.randn(2, arguments.get('in_chans', 3), 32, 32, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_round_trip(hub, name, refuse_prototypes):
     arguments = MODELS[name]
@@ -141,6 +142,7 @@ def test_a_failed_upload(hub):
         push_model_to_hub(model, 'me/model', token='hf_writer')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method, path, status', [
     ('POST', '/preupload/', 500), ('POST', '/objects/batch', 429),
     ('PUT', '/lfs/', 403), ('PUT', '/lfs/', 503), ('PUT', '/lfs/', 'cut'), ('POST', '/lfs/verify', 404),

@@ -46,6 +46,7 @@ def test_no_points_beat_it(dim, num, seed):
     assert cosines[~np.eye(num, dtype=bool)].max() >= max_cosine_lower_bound(num, dim) - 1e-12
 
 
+@pytest.mark.slow
 def test_three_dimensions_agree_with_fejes_toth():
     """His bound for d = 3 (1943), from other mathematics: both lie below the best 100 points, close to one another."""
     area = math.pi * 100 / (6 * 98)

@@ -254,6 +254,7 @@ OFFERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('offer', OFFERS)
 def test_what_a_script_offers(tmp_path, offer):
     options = dict(OFFERS[offer])
@@ -305,6 +306,7 @@ def test_adaptive_clipping_leaves_out_the_heads_parameters():
     assert len(list(task.get_clip_parameters())) == len(left) + 4 == len(list(model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [LogitDistillationTask, FeatureDistillationTask, TokenDistillationTask])
 @pytest.mark.parametrize('loss', ['criterion', 'squared_cosine'])
 def test_distillation(tmp_path, kind, loss):
