@@ -208,7 +208,9 @@ class Run:
     def moved(self) -> list[int]:
         if self.rule is not None:
             return self.rule.moved
-        return [update.moved for update in self.scheduler.history] if self.scheduler is not None else []
+        if self.scheduler is None:
+            return []
+        return [update.moved for update in self.scheduler.history if update.event != 'placed']
 
     def step_kind(self) -> str:
         """Return how the steps were taken: plain, as a CUDA graph, or plain because recording one failed."""

@@ -51,7 +51,7 @@ class Training:
         epoch: The epoch of the checkpoint.
         epochs: The metrics of each epoch by name, 'epoch' among them: the rows of timm's summary.csv.
         settings: Arguments of the training script.
-        history: The re-solves, each with 'epoch', 'step', 'moved', 'objective_before' and 'objective'.
+        history: The updates of the assignment, each with the values of an `AssignmentUpdate` by their names.
     """
     epoch: int | None = None
     epochs: Sequence[dict[str, float]] = ()
@@ -252,12 +252,13 @@ def _training_section(training: Training, num_classes: int) -> list[str]:
                 for row in _evenly_spaced(training.epochs, training.epoch)]
         parts.append(_table(['', 'epoch', *(name.replace('_', ' ') for name in names)], rows))
     if training.history:
-        rows = [[entry['epoch'], entry['step'], entry['moved'],
+        rows = [[entry['event'], entry['epoch'], entry['step'], entry['moved'],
                  f'{entry["objective_before"] / num_classes:.4f}', f'{entry["objective"] / num_classes:.4f}']
                 for entry in _evenly_spaced(training.history, None)]
-        parts.append(f'The assignment of classes to prototypes was recomputed {len(training.history)} times. The '
+        solves = sum(entry['event'] == 'resolve' for entry in training.history)
+        parts.append(f'The assignment of classes to prototypes was recomputed {solves} times. The '
                      f'objective is the mean cosine of a class\'s mean direction with its prototype.\n\n'
-                     + _table(['epoch', 'batch', 'classes moved', 'objective before', 'after'], rows))
+                     + _table(['', 'epoch', 'batch', 'classes moved', 'objective before', 'after'], rows))
     return parts
 
 
