@@ -72,6 +72,12 @@ def test_options_may_stand_anywhere_and_travel_in_model_kwargs(start):
     assert start(WITH_KWARGS, 'SCRIPT', '--model-kwargs', 'dl2pa_dim=3')[0][2] == 'DL2PAHead'
 
 
+def test_texts_that_are_no_python_travel_in_quotes(start):
+    """timm before 1.0.31 refuses others."""
+    given = start(ARGUMENTS, '--dl2pa-warmup-length', '2 epochs', '--dl2pa-interval', '100:1000,1000', 'SCRIPT')[0]
+    assert given == ['--model-kwargs', "dl2pa_warmup_length='2 epochs'", "dl2pa_interval='100:1000,1000'"]
+
+
 def test_the_config_files_model_kwargs_are_kept(start, tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 0.1\nmodel_kwargs:\n  dl2pa_dim: 64\n  act: relu\n  sizes: [1, 2]\n')

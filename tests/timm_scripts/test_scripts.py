@@ -232,8 +232,8 @@ def test_distillation(training, teacher, kind, loss):
 
 
 @pytest.mark.parametrize('flags, options, reason', [
-    (['--bce-loss'], ['loss=squared_cosine'], 'dl2pa_loss=squared_cosine takes the place of the criterion'),
-    (['--jsd-loss', '--aug-splits', '2'], ['loss=dot_regression'], 'dl2pa_loss=dot_regression takes the place'),
+    (['--bce-loss'], ['loss=squared_cosine'], 'dl2pa_loss=squared_cosine replaces the criterion'),
+    (['--jsd-loss', '--aug-splits', '2'], ['loss=dot_regression'], 'dl2pa_loss=dot_regression replaces the criterion'),
     (['--torchscript'], [], 'cannot be made for TorchScript'),
     (['--head-init-scale', '0.1'], [], 'nothing to initialise or scale'),
     (['--head-init-bias', '0.1'], [], 'nothing to initialise or scale'),
@@ -271,9 +271,10 @@ def test_averaged_checkpoints(training):
     # Moving: they differ.
     training.train('moving', options=['interval=3'])
     assignments = [training.checkpoint('moving', f'checkpoint-{epoch}.pth.tar')['state_dict']['fc.assignment']
-                   for epoch in (0, 2)]
-    assert not torch.equal(*assignments)
-    for name in ('checkpoint-1', 'last', 'model_best'):
+                   for epoch in range(3)]
+    # What moved may move back: one of the two epochs after the first has another assignment.
+    same = next(epoch for epoch in (1, 2) if not torch.equal(assignments[0], assignments[epoch]))
+    for name in (f'checkpoint-{3 - same}', 'last', 'model_best'):
         training.file('moving', f'{name}.pth.tar').unlink()
     mixed = training.folder / 'mixed.pth'
     run([*run_average, '--input', str(training.folder / 'moving'), '--output', str(mixed)])
@@ -408,7 +409,7 @@ def test_there_are_the_recipes_of_the_paper():
 
 
 def test_warmup_and_priming_from_the_flags(training):
-    told = training.train('primed', '--lr', '0.05', options=['prime=3', 'warmup_length=2epochs'])
+    told = training.train('primed', '--lr', '0.05', options=['prime=3', "warmup_length='2 epochs'"])
     assert 'primed by 3 batches' in told
     told = run([sys.executable, '-m', 'timm_dl2pa', 'run', *training.command('flags', plugin=False, dim=None)[1:],
                 '--dl2pa-dim', '3', '--dl2pa-warmup-length', '2 epochs', '--dl2pa-interval', '4'])

@@ -1,5 +1,6 @@
 """The command `timm-dl2pa run SCRIPT ...`: runs a script of timm with the DL2PA options among its flags."""
 import argparse
+import ast
 import os
 import runpy
 import sys
@@ -119,8 +120,19 @@ def _parse_value(value: str) -> Any:
     """Parse a value as `--model-kwargs` does."""
     from timm.utils import ParseKwargs
     namespace = argparse.Namespace()
-    ParseKwargs([], dest='kwargs')(None, namespace, [f'value={value}'])
+    ParseKwargs([], dest='kwargs')(None, namespace, [f'value={_quoted(value)}'])
     return namespace.kwargs['value']
+
+
+def _quoted(value: str) -> str:
+    """Return a value in quotes if it is not a Python expression ('2 epochs'): older timm refuses it without."""
+    try:
+        ast.literal_eval(value)
+    except SyntaxError:
+        return repr(value)
+    except ValueError:
+        pass  # a word, which timm takes as text
+    return value
 
 
 def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
@@ -152,4 +164,4 @@ def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
         kwargs = [f'{name}={value}' if isinstance(value, str) else f'{name}={value!r}'
                   for name, value in values.items() if name not in given]
     kwargs = [word for word in kwargs if word.partition('=')[0] not in given]
-    return [*kept, _FLAG, *kwargs, *(f'{name}={value}' for name, value in given.items()), *tail]
+    return [*kept, _FLAG, *kwargs, *(f'{name}={_quoted(value)}' for name, value in given.items()), *tail]
