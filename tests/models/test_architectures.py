@@ -232,7 +232,7 @@ def test_wrapping_draws_no_random_numbers_but_for_the_neck():
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=CLASSES)
     torch.manual_seed(1)
-    nn.Linear(96, 3)
+    nn.Linear(96, 3, bias=False)
     state = torch.get_rng_state()
     torch.manual_seed(1)
     wrap_dl2pa(model, 3)
