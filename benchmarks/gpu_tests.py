@@ -4,6 +4,7 @@
     python benchmarks/gpu_tests.py --device cpu        # what of them runs on a CPU
 """
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -62,7 +63,9 @@ def main() -> int:
         chosen += ['-k', args.select]
     # A file that cannot be imported there keeps the others from nothing.
     options = ['-q', '--no-header', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
-    if args.device == 'cpu':
+    if importlib.util.find_spec('xdist') is None:
+        options.append('--override-ini=addopts=')
+    elif args.device == 'cpu':
         options.append('--numprocesses=0')  # few tests: other processes would take longer to start than they take
     status = pytest.main([str(TESTS), *chosen, *options], plugins=[recorder])
     recorder.complete = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)

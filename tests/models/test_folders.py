@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import warnings
 
 import pytest
@@ -18,13 +19,23 @@ pytestmark = pytest.mark.timm
 RECORDS = tuple(map(int, timm.__version__.split('.')[:3])) >= (1, 0, 31)  # whether timm knows a model's arguments
 
 
-@pytest.fixture
-def model():
+def make_model():
     model = timm.create_model('test_resnet', num_classes=5)
     wrap_dl2pa(model, 3, neck='linear_bn', num_prototypes=7, scale=9.0)
     model.train()(torch.randn(4, 3, 32, 32))
     model.fc.assign(torch.tensor([6, 2, 0, 1, 4]))
     return model.eval()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """A folder that a model was saved to. Tests work on copies of it."""
+    return save_model(make_model(), tmp_path_factory.mktemp('saved'))
 
 
 def test_round_trip_to_the_bit(model, tmp_path, refuse_prototypes):
@@ -297,9 +308,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize('case', HOSTILE)
-def test_hostile_folders(model, tmp_path, case, monkeypatch):
+def test_hostile_folders(saved, tmp_path, case, monkeypatch):
     damage, message = HOSTILE[case]
-    damage(save_model(model, tmp_path))
+    damage(shutil.copytree(saved, tmp_path, dirs_exist_ok=True))
     for name in ('torch.load', 'timm.models._helpers._torch_load', 'timm.models._builder.load_state_dict_from_url'):
         monkeypatch.setattr(name, None)
     build = SavedModel.build
