@@ -1,7 +1,6 @@
 """The GPU's benchmark on a machine without one: what it would run, that it runs, that nothing is lost on the way."""
 import io
 import json
-import subprocess
 import sys
 import tarfile
 import time
@@ -13,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from tests.helpers.processes import run
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'benchmarks'))
 import gpu_steps
@@ -233,8 +234,7 @@ def test_the_tables_have_a_gpus_figures_or_say_that_there_are_none(tmp_path, mon
 def test_the_dry_run_does_every_step(tmp_path):
     command = [sys.executable, str(BENCHMARKS / 'gpu.py'), '--dry-run', '--minutes', '9', '--parallel', '2', '--output',
                str(tmp_path / 'out'), '--pack', str(tmp_path / 'packed')]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(command, limit=600)
     toys = gpu_steps.all_steps('cpu', seconds=1.0, parallel=2, epoch=None, dry_run=True)
     assert {step.kind for step in toys} == set(gpu_steps.KINDS) and all(step.done(tmp_path / 'out') for step in toys)
     assert done.stdout.count(': done in') == len(toys)

@@ -16,7 +16,8 @@ OPTIMAL = {(12, 3): 5 ** -0.5, (24, 3): 0.7230784968, (24, 4): 0.5, (16, 5): 0.2
 @pytest.mark.slow
 @pytest.mark.parametrize('size', OPTIMAL)
 def test_finds_optimal_codes(size):
-    points = make_prototypes(*size, objective='separated', effort=0.3)
+    # The roots of E8 are found in one of many starts, and the search ends there; the others are found at once.
+    points = make_prototypes(*size, objective='separated', effort=0.3 if size == (240, 8) else 0.05)
     assert prototype_quality(points).max_cosine == pytest.approx(OPTIMAL[size], abs=1e-6)
 
 
