@@ -416,7 +416,7 @@ def test_primed_batches_are_not_trained_on(tmp_path, caplog, options):
     assert not any(task.losses[:BATCHES]) and all(task.losses[BATCHES:])
     assert 'primed by 4 batches' in caplog.text
     gc.collect()
-    assert not any(isinstance(thing, Primer) for thing in gc.get_objects())  # its sums would stay in memory
+    assert not any(type(thing) is Primer for thing in gc.get_objects())  # its sums would stay in memory
     assert not task.assignment_scheduler.warming_up
     assert [update.step for update in task.assignment_scheduler.history] == [2 * BATCHES - 4]
 
