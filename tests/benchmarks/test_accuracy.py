@@ -33,6 +33,7 @@ def digits():
     return replace(images, x_train=images.x_train[:512], y_train=images.y_train[:512])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', [
     dict(method='softmax'), dict(method='cosine_softmax', neck='linear_bn', learn_scale=True),
     dict(method='static', loss='squared_cosine'),

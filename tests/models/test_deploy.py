@@ -85,6 +85,7 @@ def test_torchscript(both, folded):
     assert torch.allclose(scripted(images(5)), model(images(5)), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [('dla46_c', dict(learn_scale=True, neck='linear_bn')),
                                           ('levit_128s', dict(neck='linear_bn'))])
 def test_torchscript_of_convolutions_and_several_classifiers(name, kwargs):
@@ -94,6 +95,7 @@ def test_torchscript_of_convolutions_and_several_classifiers(name, kwargs):
         assert torch.allclose(torch.jit.script(model)(images()), model(images()), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8(both):
     _, folded = both
     quantized = torch.ao.quantization.quantize_dynamic(folded, {torch.nn.Linear}, dtype=torch.qint8)
@@ -103,6 +105,7 @@ def test_int8(both):
     assert (logits - expected).norm() < 0.1 * expected.norm() and not torch.equal(logits, expected)
 
 
+@pytest.mark.slow
 def test_fx(both):
     model, _ = both
     graph = torch.fx.symbolic_trace(model) if not hasattr(model, 'patch_embed') else None  # a ViT asserts its size
