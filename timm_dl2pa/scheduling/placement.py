@@ -140,10 +140,10 @@ def default_evenness(num_classes: int, dim: int) -> float:
     return (2 * min(dim / num_classes, 1)) ** 2
 
 
-def check_evenness(evenness: float, name: str = 'evenness') -> None:
+def check_evenness(evenness: float) -> None:
     """Raise a ValueError unless it is a finite number of at least 0."""
     if not isinstance(evenness, (int, float)) or isinstance(evenness, bool) or not 0 <= evenness < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, not {evenness!r}. (Exactly even prototypes: "
+        raise ValueError(f"evenness must be a finite number of at least 0, not {evenness!r}. (Exactly even prototypes: "
                          f"recipe 'even'.)")
 
 

@@ -66,6 +66,7 @@ class AssignmentScheduler:
         self.momentum = check_numbers(start, stop, self.recipe.momentum if momentum is None else momentum)
         self.schedule, self.start, self.stop, self.background = Schedule.of(interval), start, stop, background
         self.clock = Clock(total)
+        self._recipe_length = Duration.of(self.recipe.warmup_length)  # read once: each batch of a warm-up asks
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
         self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
         warmup = 'none' if stop == 0 else self.recipe.warmup if warmup is None else warmup
@@ -89,7 +90,7 @@ class AssignmentScheduler:
     def warmup_length(self) -> Duration:
         """Length of the warm-up: given; or the recipe's, if the clock measures that; else one interval."""
         interval = Duration(self.schedule.stages[0][0], self.schedule.unit)
-        return self._given_length or self.clock.measured(Duration.of(self.recipe.warmup_length), interval)
+        return self._given_length or self.clock.measured(self._recipe_length, interval)
 
     def _observe(self, embeddings: torch.Tensor) -> None:
         self._embeddings = embeddings
