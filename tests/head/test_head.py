@@ -48,7 +48,9 @@ def test_permuted_assignment_permutes_logits(seed):
 def test_prototypes_are_no_parameters_and_one_per_class(make_head):
     head = make_head(learn_scale=True)
     assert {name for name, _ in head.named_parameters()} == {'neck.weight', 'neck.bias', 'log_scale'}
-    assert {name for name, _ in make_head().named_buffers()} == {'prototypes', 'assignment', 'scale'}
+    assert {name for name, _ in make_head().named_buffers()} == {
+        'prototypes', 'assignment', 'averaged_assignment', 'scale'}
+    assert 'averaged_assignment' not in head.state_dict()
     assert head.prototypes.dtype == torch.float32 and head.assignment.dtype == torch.int64
 
 
@@ -261,7 +263,7 @@ def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copie
     head.assign(torch.randperm(7, generator=generator))
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
-    assert twin.training_view.on_embeddings is None and head.training_view.on_embeddings is not None
+    assert twin.training_view.on_forward is None and head.training_view.on_forward is not None
     assert twin.training_view.on_features is None and twin.training_view.class_vectors is None
     assert head.training_view.class_vectors is not None
     twin(x)
@@ -299,9 +301,11 @@ def test_compiles_whole_and_agrees_after_the_assignment_changed(make_head, gener
     x, labels = torch.randn(6, 12, generator=generator), torch.arange(6)
     scheduler = AssignmentScheduler(compiled, interval=1)
     for _ in range(3):
-        compiled(x).sum().backward()
-        assert torch.allclose(scheduler._embeddings, head.embed(x), atol=1e-6)  # embed reports to nobody
-        scheduler.step(labels)
+        output = compiled(x)
+        output.sum().backward()
+        seen = scheduler._forwards.embeddings_of(output)
+        assert torch.allclose(seen, head.embed(x), atol=1e-6)  # embed reports to nobody
+        scheduler.step(labels, output)
         assert torch.allclose(compiled(x), head(x), atol=1e-6)
     assert head.assignment.tolist() != list(range(7))
     for mode in (True, False):
@@ -403,7 +407,7 @@ def test_label_names_are_declared(make_head, tmp_path):
 
 def test_a_training_view_is_new_in_every_copy(make_head):
     head = make_head()
-    head.training_view.on_embeddings = head.training_view.on_features = head.training_view.on_mode = print
+    head.training_view.on_forward = head.training_view.on_features = head.training_view.on_mode = print
     head.training_view.class_vectors, head.training_view.warming_up = torch.eye(7, 4), True
     empty = vars(TrainingView())
     for other in (copy.deepcopy(head), copy.copy(head), pickle.loads(pickle.dumps(head))):

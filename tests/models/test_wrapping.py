@@ -194,7 +194,7 @@ def test_model_ema_carries_the_assignment_in_force():
     assert model.fc.assignment.tolist() != list(range(CLASSES))
     assert torch.equal(ema.module.fc.assignment, model.fc.assignment)
     assert torch.equal(ema.module.fc.prototypes, model.fc.prototypes)
-    assert ema.module.fc.training_view.on_embeddings is None
+    assert ema.module.fc.training_view.on_forward is None
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_dtypes_of_targets():
         assert torch.equal(means.sums, expected.sums)
 
 
-@pytest.mark.parametrize('bad', [-1, C, -100, 10 ** 9])
+@pytest.mark.parametrize('bad', [-1, C, -99, 10 ** 9])
 def test_labels_out_of_range_are_named(bad):
     means = ClassMeans(C, D)
     means.add(unit(3), torch.tensor([0, bad, 2]))

@@ -13,6 +13,7 @@ from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
 from . import numerics
+from .averages import buffer_stamps, settle_average
 from .config import DL2PAConfig
 from .loading import check_state
 from .neck import load_neck, make_neck
@@ -30,7 +31,8 @@ class DL2PAHead(SavedModule, nn.Module):
 
     Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
-    parameter `log_scale` if it is learned.
+    parameter `log_scale` if it is learned. `averaged_assignment` (C,) float32, not saved, lets averages that go over
+    all buffers keep the assignment: see `settle_average`.
 
     In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
     none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
@@ -133,6 +135,8 @@ class DL2PAHead(SavedModule, nn.Module):
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
         self.register_buffer('assignment', self._first_assignment(device))
+        self.register_buffer('averaged_assignment', self.assignment.float(), persistent=False)
+        self._stamps = buffer_stamps(self)
         self.before: nn.Module = nn.Identity()
         self.channels_first = False
         self.auxiliary = False
@@ -196,6 +200,7 @@ class DL2PAHead(SavedModule, nn.Module):
 
     def check_saved_alone(self) -> None:
         """Raise a ValueError where layers of the backbone's own classifier stand before the neck."""
+        self.settle()
         if any(True for _ in self.before.parameters()) or any(True for _ in self.before.buffers()):
             raise ValueError('layers of the backbone\'s classifier stand before the neck of this head (head.before), '
                              'and are part of the model: save the whole model.')
@@ -253,22 +258,40 @@ class DL2PAHead(SavedModule, nn.Module):
         embeddings = numerics.unit_embeddings(self.neck(features))
         if torch.jit.is_scripting():
             out = self.cosines(embeddings) * self.current_scale()
+            return numerics.rows_as_maps(out, x) if self.channels_first else out
         else:
             view = self.training_view
             view.compiled = torch.compiler.is_compiling()
+            if not self.training and not view.compiled and not torch.jit.is_tracing():
+                self.settle()
             if view.on_features is not None:
                 view.on_features(features.detach())
-            if self.training and view.on_embeddings is not None:
-                view.on_embeddings(embeddings.detach())
             if self.training and self.train_output == 'embeddings':
                 out = embeddings
             else:
                 out = self.cosines(embeddings) * self.current_scale()
-        return numerics.rows_as_maps(out, x) if self.channels_first else out
+            if self.channels_first:
+                out = numerics.rows_as_maps(out, x)
+            if self.training and view.on_forward is not None:
+                view.on_forward(embeddings.detach(), out.detach())
+            return out
+
+    def settle(self) -> None:
+        """Make the average of heads (EMA, SWA) a head again; of a head that nobody wrote into, nothing is read.
+
+        Evaluation calls it, and saving does.
+
+        Raises:
+            ValueError: The average has no meaning: see `settle_average`.
+        """
+        if buffer_stamps(self) != self._stamps and not self.prototypes.is_meta and settle_average(self):
+            self.config = replace(self.config, own_prototypes=True)
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the training view."""
         super().train(mode)
+        if not mode:
+            self.settle()
         if self.training_view.on_mode is not None:
             self.training_view.on_mode(mode)
         return self
@@ -294,6 +317,8 @@ class DL2PAHead(SavedModule, nn.Module):
             # The seed alone does not make them again.
             self.config = replace(self.config, own_prototypes=True)
         self._replace('assignment', assignment)
+        self._replace('averaged_assignment', assignment)
+        self._stamps = buffer_stamps(self)
 
     @torch.no_grad()
     def move_class_prototypes(self, vectors: torch.Tensor) -> None:
@@ -330,6 +355,10 @@ class DL2PAHead(SavedModule, nn.Module):
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
         return dict(self.__dict__, training_view=TrainingView())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stamps = buffer_stamps(self)
+
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.
         if name in ('weight', 'bias'):
@@ -338,11 +367,14 @@ class DL2PAHead(SavedModule, nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':
-        before = {name: self._buffers[name] for name in ('prototypes', 'scale') if name in self._buffers}
+        before = {name: self._buffers[name] for name in ('prototypes', 'scale', 'averaged_assignment')
+                  if name in self._buffers}
+        untouched = [now == then for now, then in zip(buffer_stamps(self), self._stamps)]
         super()._apply(fn, *args, **kwargs)
         for name, buffer in before.items():
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
+        self._stamps = tuple(stamp if same else -1 for stamp, same in zip(buffer_stamps(self), untouched))
         view = self.training_view
         if view.class_vectors is not None:
             view.class_vectors = view.class_vectors.to(self.prototypes.device)
@@ -360,6 +392,8 @@ class DL2PAHead(SavedModule, nn.Module):
         loaded, config = check_state(self.config, own, given, prefix)
         state_dict.update((prefix + name, value) for name, value in loaded.items())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.averaged_assignment = self.assignment.float()
+        self._stamps = buffer_stamps(self)
         self.config = config
 
 

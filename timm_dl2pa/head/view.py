@@ -15,7 +15,8 @@ class TrainingView:
 
     Attributes:
         on_features: Called with the detached features (B, in_features) of each forward: for priming.
-        on_embeddings: Called with the detached unit embeddings (B, d) of each forward in training mode.
+        on_forward: Called with the detached unit embeddings (B, d) and the detached output of each forward in training
+            mode.
         on_mode: Called with the new mode at each `train()` and `eval()`.
         class_vectors: (C, d) float32 unit rows that take the prototypes' place in training mode, or None.
         warming_up: Whether a warm-up is under way: the class vectors of training still move.
@@ -25,7 +26,7 @@ class TrainingView:
 
     def __init__(self) -> None:
         self.on_features: Callable[[torch.Tensor], None] | None = None
-        self.on_embeddings: Callable[[torch.Tensor], None] | None = None
+        self.on_forward: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.on_mode: Callable[[bool], None] | None = None
         self.class_vectors: torch.Tensor | None = None
         self.warming_up = False
@@ -42,4 +43,4 @@ class TrainingView:
         before, self._owner = self._owner, owner
         if before is not None and before is not owner:
             before.leave_warmup()
-            self.on_embeddings = None
+            self.on_forward = None

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..arguments import real_number, whole_number
 from ..head import DL2PAHead
 
 __all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
@@ -20,15 +21,13 @@ def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
     return heads
 
 
-def check_numbers(start: int, stop: int | None, momentum: float) -> float:
-    """Return the momentum, or raise a ValueError if a number is out of range."""
-    if start < 0:
-        raise ValueError(f'start must be at least 0, not {start}.')
-    if stop is not None and stop < 0:
-        raise ValueError(f'stop must be at least 0 or None, not {stop}.')
-    if not 0 <= momentum <= 1:
-        raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
-    return momentum
+def check_numbers(start: int, stop: int | None, momentum: float, ignore_index: int
+                  ) -> tuple[int, int | None, float, int]:
+    """Return the numbers as Python's, or raise a ValueError if one is out of range."""
+    return (whole_number('start', start, least=0),
+            None if stop is None else whole_number('stop', stop, least=0, remedy='None never stops.'),
+            real_number('momentum', momentum, 0, 1),
+            whole_number('ignore_index', ignore_index))
 
 
 def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: Any) -> None:

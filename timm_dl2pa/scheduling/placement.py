@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
+from ..arguments import real_number
 from ..assignment import AssignmentResult
 from ..distributed import add_over_ranks
 from ..head import DL2PAHead
 from ..prototypes.energy import UNIFORMITY
-from .class_means import shares_of
+from .targets import shares_of
 from .warmup import Warmup
 
 __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
@@ -82,8 +83,6 @@ class PrototypePlacement:
         counts, weights = torch.zeros_like(self.counts), torch.zeros_like(embeddings[:, :1])
         shares = []
         for labels, share in shares_of(targets, self.num_classes):
-            if share is None:
-                share = torch.ones_like(weights)
             counts.index_add_(0, labels, share.squeeze(1))
             weights += share
             shares.append((labels, share))
@@ -96,7 +95,7 @@ class PrototypePlacement:
             samples = (size / self.num_classes).clamp(max=_LARGEST)
             rate = samples / (_MEMORY + _MEMORY_SHARE * self.seen)
             self.seen += samples
-            pull = rate * scale * self.num_classes / size * embeddings
+            pull = rate * scale * self.num_classes / size.clamp_min(1e-6) * embeddings
             step = (weights * probabilities).t() @ -pull
             for labels, share in shares:
                 step.index_add_(0, labels, share * pull)
@@ -142,7 +141,7 @@ def default_evenness(num_classes: int, dim: int) -> float:
 
 def check_evenness(evenness: float) -> None:
     """Raise a ValueError unless it is a finite number of at least 0."""
-    if not isinstance(evenness, (int, float)) or isinstance(evenness, bool) or not 0 <= evenness < math.inf:
+    if not 0 <= real_number('evenness', evenness) < math.inf:
         raise ValueError(f"evenness must be a finite number of at least 0, not {evenness!r}. (Exactly even prototypes: "
                          f"recipe 'even'.)")
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..assignment import align_prototypes
 from ..distributed import add_over_ranks, broadcast_from_rank_0, rank
 from ..head import DL2PAHead, heads_of
-from .class_means import shares_of
 from .scheduler import AssignmentScheduler
+from .targets import shares_of
 
 __all__ = ['Primer', 'prime']
 
@@ -53,7 +53,7 @@ class _Features:
         features = self.features.flatten(0, -2).to(self.sums)
         targets = targets.repeat_interleave(patches, dim=0)
         for labels, share in shares_of(targets.to(features.device), self.num_classes):
-            share = torch.ones_like(features[:, :1]) if share is None else share.to(features)
+            share = share.to(features)
             self.counts.index_add_(0, labels, share.squeeze(1))
             self.sums.index_add_(0, labels, share * features)
         self.squares += features.t() @ features

@@ -212,8 +212,9 @@ def test_balanced_softmax_refuses_counts(counts):
 
 
 def test_balanced_softmax_refuses_shapes():
-    for logits, targets in ((torch.zeros(2, 4), torch.zeros(2)), (torch.zeros(2, 3), torch.zeros(3))):
-        with pytest.raises(ValueError, match='logits must be'):
+    for logits, targets, message in ((torch.zeros(2, 4), torch.zeros(2), 'logits must be'),
+                                     (torch.zeros(2, 3), torch.zeros(3), 'targets must be')):
+        with pytest.raises(ValueError, match=message):
             BalancedSoftmaxLoss(3)(logits, targets.long())
     with pytest.raises(ValueError, match='reduction must be one of'):
         BalancedSoftmaxLoss(3, reduction='sums')
