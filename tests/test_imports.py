@@ -10,7 +10,7 @@ import timm_dl2pa
 
 # From the lowest to the highest. A room is a sub-package or a module.
 ROOMS = [
-    'version', 'arguments', 'distributed', 'prototypes', 'assignment', 'recipes', 'options', 'files', 'head', 'losses',
+    'version', 'values', 'distributed', 'prototypes', 'assignment', 'recipes', 'options', 'files', 'head', 'losses',
     'scheduling', 'models', 'timm_scripts', 'integrations',
 ]
 # These see everything, and nothing else sees them.

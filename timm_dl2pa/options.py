@@ -9,19 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, find_recipe
+from .values import checked_value
 
-__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'is_kind', 'names_of']
+__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'names_of']
 
 PREFIX = 'dl2pa_'
 LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
 # Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
 LOGIT_LOSSES = ('criterion', 'balanced_softmax')
-
-
-def is_kind(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Return whether a value is of a kind; True and False are no numbers."""
-    allows_bool = kinds is bool or (isinstance(kinds, tuple) and bool in kinds)
-    return isinstance(value, kinds) and (allows_bool or not isinstance(value, bool))
 
 
 def _option(scope: str, default: Any, kinds: tuple[type, ...], help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -80,12 +75,11 @@ class PluginOptions:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value, kinds, choices = getattr(self, spec.name), spec.metadata['kinds'], spec.metadata['choices']
+            value, choices = getattr(self, spec.name), spec.metadata['choices']
             if value is None and spec.default is None:
                 continue
-            if not is_kind(value, kinds):
-                expected = ' or '.join(kind.__name__ for kind in kinds)
-                raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
+            value = checked_value(PREFIX + spec.name, value, spec.metadata['kinds'])
+            object.__setattr__(self, spec.name, value)
             if choices and value not in choices:
                 raise ValueError(f'{PREFIX}{spec.name} must be one of {", ".join(choices)}, not {value!r}.')
         recipe = self.recipe_parts

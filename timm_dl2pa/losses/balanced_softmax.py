@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from ..arguments import whole_number
+from ..values import whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, counted, reduced
 

@@ -4,8 +4,8 @@ import warnings
 import torch
 import torch.nn as nn
 
-from ..arguments import real_number, whole_number
 from ..head import DL2PAHead
+from ..values import real_number, whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, reduced
 

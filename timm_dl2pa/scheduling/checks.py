@@ -4,8 +4,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..arguments import real_number, whole_number
 from ..head import DL2PAHead
+from ..values import real_number, whole_number
 
 __all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from ..arguments import real_number
 from ..assignment import AssignmentResult
 from ..distributed import add_over_ranks
 from ..head import DL2PAHead
 from ..prototypes.energy import UNIFORMITY
+from ..values import real_number
 from .targets import shares_of
 from .warmup import Warmup
 

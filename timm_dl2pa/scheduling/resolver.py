@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..arguments import real_number, whole_number
 from ..assignment import AssignmentResult, solve_assignment
 from ..distributed import rank, solve_on_rank_0
 from ..head import DL2PAHead
+from ..values import real_number, whole_number
 from .background import Background
 from .class_means import ClassMeans, directions_of
 from .clock import Clock

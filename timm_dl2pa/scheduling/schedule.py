@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 
-from ..arguments import whole_number
+from ..values import whole_number
 
 __all__ = ['Schedule']
 
