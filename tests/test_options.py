@@ -6,9 +6,10 @@ import pytest
 
 from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, wrap_dl2pa
 from timm_dl2pa.models.registry import dl2pa
-from timm_dl2pa.options import KINDS, LOSSES, PREFIX, PluginOptions, is_kind, names_of
+from timm_dl2pa.options import KINDS, LOSSES, PREFIX, PluginOptions, names_of
 from timm_dl2pa.recipes import RECIPES
 from timm_dl2pa.scheduling import WARMUPS, Duration
+from timm_dl2pa.values import is_kind
 
 DEFAULTS = {spec.name: spec.default for spec in fields(PluginOptions)}
 

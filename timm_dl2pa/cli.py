@@ -3,13 +3,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 
 from .version import __version__
 
-# What inputs and disks lead to. safetensors has an error of its own for a disk that is full.
-_ERRORS = (ValueError, OSError, RuntimeError, SafetensorError)
+# What inputs, disks and devices lead to.
+_ERRORS = (ValueError, OSError, RuntimeError)
 
 
 class _KeyValues(ParseKwargs):

@@ -4,37 +4,19 @@ The dl2pa_... options of `create_model`, `--model-kwargs`, YAML files and `timm-
 the kinds of the values in saved configs and the table in the documentation. The signatures of `wrap_dl2pa`, `DL2PAHead`
 and `AssignmentScheduler` are checked against it by a test.
 """
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, find_recipe
+from .values import checked_value
 
-__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'is_kind', 'names_of', 'shown']
+__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'names_of']
 
 PREFIX = 'dl2pa_'
 LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
 # Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
 LOGIT_LOSSES = ('criterion', 'balanced_softmax')
-
-
-def is_kind(value: Any, kinds: type | tuple[type, ...]) -> bool:
-    """Return whether a value is of a kind; True and False are no numbers."""
-    allows_bool = kinds is bool or (isinstance(kinds, tuple) and bool in kinds)
-    return isinstance(value, kinds) and (allows_bool or not isinstance(value, bool))
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
-
-
-def shown(value: Any) -> str:
-    """Return a short text of any value for messages. Files may hold lists of lists whose whole text would never end."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # an integer of more than 4,300 digits
-        return f'a huge {type(value).__name__}'
 
 
 def _option(scope: str, default: Any, kinds: tuple[type, ...], help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -93,12 +75,11 @@ class PluginOptions:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value, kinds, choices = getattr(self, spec.name), spec.metadata['kinds'], spec.metadata['choices']
+            value, choices = getattr(self, spec.name), spec.metadata['choices']
             if value is None and spec.default is None:
                 continue
-            if not is_kind(value, kinds):
-                expected = ' or '.join(kind.__name__ for kind in kinds)
-                raise ValueError(f'{PREFIX}{spec.name} must be {expected}, not {value!r}.')
+            value = checked_value(PREFIX + spec.name, value, spec.metadata['kinds'])
+            object.__setattr__(self, spec.name, value)
             if choices and value not in choices:
                 raise ValueError(f'{PREFIX}{spec.name} must be one of {", ".join(choices)}, not {value!r}.')
         recipe = self.recipe_parts

@@ -3,13 +3,14 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import reference
-from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, default_scale, make_prototypes
+from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, default_scale, load_head, make_prototypes
 from timm_dl2pa.head import TrainingView
 
 
@@ -192,8 +193,10 @@ def test_loading_another_size_is_an_error_and_changes_nothing(make_head, other, 
     (lambda s: changed(s, assignment=s['assignment'] + 7), 'outside 0..8'),
     (lambda s: changed(s, assignment=s['assignment'] - 1), 'outside 0..8'),
     (lambda s: changed(s, assignment=s['assignment'] + 0.5), 'cannot be averaged'),
-    (lambda s: changed(s, scale=torch.tensor(0.0)), 'scale must be positive'),
-    (lambda s: changed(s, scale=torch.tensor(float('nan'))), 'scale must be positive'),
+    (lambda s: changed(s, scale=torch.tensor(0.0)), 'scale must be between 1e-06 and 1e.06, not 0.0'),
+    (lambda s: changed(s, scale=torch.tensor(float('nan'))), 'scale must be between'),
+    (lambda s: changed(s, scale=torch.tensor(1e9)), 'scale must be between'),
+    (lambda s: changed(s, prototypes=s['prototypes'].to(torch.float8_e4m3fn)), 'prototypes must be float32'),
 ])
 def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, message):
     head, donor = make_head(num_prototypes=9), make_head(num_prototypes=9, seed=5)
@@ -203,6 +206,18 @@ def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, m
         head.load_state_dict(break_it(donor.state_dict()))
     assert_same_state(head, before)
     assert head.config == config
+
+
+def test_statistics_and_scales_that_no_training_gives_are_refused(make_head):
+    head = make_head(neck='linear_bn', learn_scale=True)
+    before, config = state_of(head), head.config
+    for change, message in ((dict(log_scale=torch.tensor(1000.0)), 'log_scale must be between -14 and 14, not 1000'),
+                            (dict(log_scale=torch.tensor(float('nan'))), 'log_scale must be between'),
+                            ({'neck.1.running_var': -torch.ones(4)}, 'neck.1.running_var must not be negative')):
+        with pytest.raises(RuntimeError, match=message):
+            head.load_state_dict({**before, **change})
+        assert_same_state(head, before)
+        assert head.config == config
 
 
 def test_average_of_checkpoints_loads_when_assignments_agree(make_head):
@@ -342,8 +357,8 @@ def test_own_prototypes(make_head):
     (dict(num_prototypes=6), 'num_prototypes must be at least num_classes=7, not 6'),
     (dict(neck='mlp'), "neck must be one of linear, linear_bn, none, not 'mlp'"),
     (dict(neck='none'), 'dim must be their number, 12, not 4'),
-    (dict(scale=0), 'scale must be positive'),
-    (dict(scale=math.inf), 'scale must be positive'),
+    (dict(scale=0), 'scale must be between'),
+    (dict(scale=math.inf), 'scale must be between'),
     (dict(train_output='both'), 'train_output must be one of'),
     (dict(learn_scale=True, train_output='embeddings'), 'embeddings give the scale'),
     (dict(prototypes=torch.eye(4)), '7 classes need as many prototypes'),
@@ -354,6 +369,46 @@ def test_own_prototypes(make_head):
 def test_bad_arguments(make_head, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_head(**arguments)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(in_features=12.0), 'in_features must be int, not 12.0'),
+    (dict(num_classes='7'), "num_classes must be int, not '7'"),
+    (dict(num_classes=None), 'num_classes must be int, not None'),
+    (dict(num_classes=np.float64(7)), 'num_classes must be int, not 7.0'),
+    (dict(dim=True), 'dim must be int, not True'),
+    (dict(dim=np.bool_(True)), 'dim must be int, not True'),
+    (dict(num_prototypes=9.0), 'num_prototypes must be int, not 9.0'),
+    (dict(scale=True), 'scale must be int or float, not True'),
+    (dict(scale='9'), "scale must be int or float, not '9'"),
+    (dict(scale=1e-60), 'scale must be between 1e-06 and 1e.06, not 1e-60'),
+    (dict(scale=10 ** 400), 'scale must be between 1e-06 and 1e.06, not 1000'),
+    (dict(scale=math.nan), 'scale must be between'),
+    (dict(learn_scale=1), 'learn_scale must be bool, not 1'),
+    (dict(seed=None), 'seed must be int, not None'),
+    (dict(seed=-1), 'seed must be in 0'),
+    (dict(seed=2 ** 63), 'seed must be in 0'),
+    (dict(neck=['linear']), 'neck must be str'),
+    (dict(train_output=None), 'train_output must be str, not None'),
+    (dict(recipe=['paper']), 'recipe must be str'),
+])
+def test_arguments_of_the_wrong_type(make_head, arguments, message):
+    given = {'in_features': 12, 'num_classes': 7, 'dim': 4, **arguments}
+    own = {} if 'num_prototypes' in arguments else {'prototypes': make_prototypes(7, 4)}
+    for make in (DL2PAConfig, make_head, lambda **given: make_head(**given, **own)):
+        with pytest.raises(ValueError, match=message):
+            make(**given)
+
+
+def test_numbers_of_numpy_and_torch_become_pythons(make_head, tmp_path):
+    plain = DL2PAConfig(12, 7, 4, num_prototypes=9, scale=2.5, learn_scale=False, seed=3, neck='linear')
+    labels = np.array([0, 6, 3])
+    config = DL2PAConfig(torch.tensor(12), labels.max() + 1, np.uint8(4), num_prototypes=torch.tensor([9])[0],
+                         scale=np.float32(2.5), learn_scale=np.bool_(False), seed=np.int32(3), neck=np.str_('linear'))
+    assert config == plain and list(map(type, vars(config).values())) == list(map(type, vars(plain).values()))
+    head = make_head(num_classes=labels.max() + 1, dim=np.int64(4), scale=np.float32(2.5))
+    assert load_head(head.save_pretrained(tmp_path)).config == head.config == make_head(scale=2.5).config
+    assert DL2PAConfig(12, 7, 4, scale=3).scale == 3.0 and type(DL2PAConfig(12, 7, 4, scale=3).scale) is float
 
 
 def test_made_on_the_meta_device():

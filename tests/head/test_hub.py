@@ -74,17 +74,71 @@ def test_a_failed_save_leaves_the_old_files(one, tmp_path, monkeypatch):
         other.save_pretrained(tmp_path)
     with torch.no_grad():
         other.neck[0].weight[0, 0] = 0
-    write = type(tmp_path).write_bytes
 
-    def disk_full(path, content):
-        if path.name.startswith('config'):
-            raise OSError('disk full')
-        return write(path, content)
+    def disk_full(path, content, **_):
+        raise OSError('disk full')
 
-    monkeypatch.setattr(type(tmp_path), 'write_bytes', disk_full)
-    with pytest.raises(OSError, match='disk full'):
-        other.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(tmp_path), 'write_text', disk_full)
+    for folder in (tmp_path, tmp_path / 'new' / 'folder'):
+        with pytest.raises(OSError, match='disk full'):
+            other.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def absurd_scale(head):
+    head.log_scale.data.fill_(1000)
+
+
+def negative_variance(head):
+    head.neck[1].running_var.fill_(-1)
+
+
+def average_of_prototypes(head):
+    head.prototypes.mul_(0.9)
+
+
+def average_of_assignments(head):
+    head.assignment.fill_(2)
+
+
+def other_layers(head):
+    head.neck[0] = torch.nn.Sequential(head.neck[0])
+
+
+def another_reader(head):
+    head.from_pretrained = lambda source: DL2PAHead(7, 6, 5)
+
+
+@pytest.mark.parametrize('change, message', [
+    (absurd_scale, 'log_scale must be between -14 and 14'), (negative_variance, 'running_var must not be negative'),
+    (average_of_prototypes, 'prototypes must have unit rows'), (average_of_assignments, 'not an injection'),
+    (other_layers, 'neck.0.0.weight is not expected|neck.0.weight is missing'),
+    (another_reader, 'another one would be loaded: .* differs')])
+def test_what_could_not_be_loaded_replaces_nothing(hub, tmp_path, change, message):
+    DL2PAHead(7, 6, 5).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    head = DL2PAHead(7, 6, 5)
+    change(head)
+    for save_it in (lambda: head.save_pretrained(tmp_path), lambda: head.save_pretrained(tmp_path / 'new' / 'folder'),
+                    lambda: push_head_to_hub(head, 'me/head', token='hf_writer')):
+        with pytest.raises(ValueError, match=f'the head cannot be saved, because .*({message})'):
+            save_it()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and not hub.requests
+
+
+def test_files_have_the_mode_of_any_file(one, tmp_path):
+    (tmp_path / 'any').write_text('')
+    one.save_pretrained(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_what_killed_savers_left_is_removed(one, tmp_path):
+    left = tmp_path / '.timm-dl2pa-part-old'
+    left.mkdir()
+    (left / 'model.safetensors').write_bytes(b'half')
+    os.utime(left, (0, 0))
+    one.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ['config.json', 'model.safetensors']
 
 
 def test_wrap_with_a_head(tmp_path):
@@ -148,12 +202,19 @@ HOSTILE = {
     'huge classes': (dict(num_classes=10 ** 15, num_prototypes=10 ** 15), 'has the shape .6,., not .10{15},.'),
     'huge features': (dict(in_features=10 ** 12), r'neck.0.weight has the shape .5, 7., not .5, 1000000000000.'),
     'negative': (dict(dim=-5), 'dim must be at least 1'),
-    'text': (dict(dim='5'), "config.json: dim must not be '5'"),
-    'bool': (dict(dim=True), 'config.json: dim must not be True'),
-    'nan scale': (dict(scale=float('nan')), 'config.json: scale must be finite'),
-    'huge scale': (dict(scale=10 ** 400), 'config.json: int too large'),
+    'text': (dict(dim='5'), "config.json: dim must be int, not '5'"),
+    'bool': (dict(dim=True), 'config.json: dim must be int, not True'),
+    'no dimension': (dict(dim=None), 'config.json: dim must be int, not None'),
+    'no number of prototypes': (dict(num_prototypes=None), 'config.json: num_prototypes must be int, not None'),
+    'number for a truth': (dict(learn_scale=0), 'config.json: learn_scale must be bool, not 0'),
+    'no seed': (dict(seed=None), 'config.json: seed must be int, not None'),
+    'huge seed': (dict(seed=10 ** 30), 'config.json: seed must be in 0'),
+    'nan scale': (dict(scale=float('nan')), 'config.json: scale must be between'),
+    'huge scale': (dict(scale=10 ** 400), 'config.json: scale must be between'),
+    'tiny scale': (dict(scale=1e-60), 'config.json: scale must be between 1e-06 and 1e.06, not 1e-60'),
     'another scale': (dict(scale=3.0), r'scale is 9\.\d+ in the tensors, and 3.0 in the config'),
-    'list': (dict(neck=['linear']), 'config.json: neck must not be'),
+    'list': (dict(neck=['linear']), 'config.json: neck must be str'),
+    'list of recipes': (dict(recipe=['paper']), 'config.json: recipe must be str'),
     'unknown neck': (dict(neck='../../etc'), 'neck must be one of'),
     'newer': (dict(format=99), 'has the format 99, newer than'),
     'no format': (dict(format=None), 'must state its format'),
@@ -167,6 +228,10 @@ HOSTILE = {
     'assignment': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 4])}), 'share the prototype 4'),
     'outside': (dict(tensors={'assignment': torch.tensor([0, 1, 2, 3, 4, 6])}), 'outside 0..5'),
     'float assignment': (dict(tensors={'assignment': torch.arange(6.0)}), 'must have an integer dtype, not'),
+    'negative variance': (dict(tensors={'neck.1.running_var': -torch.ones(5)}),
+                          'neck.1.running_var must not be negative'),
+    'float8': (dict(tensors={'neck.0.weight': torch.ones(5, 7).to(torch.float8_e4m3fn)}), 'neck.0.weight in model'),
+    'complex': (dict(tensors={'neck.0.weight': torch.ones(5, 7, dtype=torch.complex64)}), 'neck.0.weight in model'),
     'whole weights': (dict(tensors={'neck.0.weight': torch.ones(5, 7, dtype=torch.int64)}), 'neck.0.weight in model'),
     'infinite': (dict(tensors={'neck.1.bias': torch.full((5,), float('inf'))}), 'neck.1.bias is not finite'),
     'missing': (dict(tensors={'neck.1.bias': None}), 'neck.1.bias is missing'),
@@ -181,6 +246,13 @@ def test_hostile_folders(one, tmp_path, case):
     changes, message = HOSTILE[case]
     edit(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
+        load_head(tmp_path)
+
+
+def test_an_absurd_learned_scale(tmp_path):
+    DL2PAHead(7, 6, 5, learn_scale=True).save_pretrained(tmp_path)
+    edit(tmp_path, tensors={'log_scale': torch.tensor(1000.0)})
+    with pytest.raises(ValueError, match='log_scale must be between -14 and 14, not 1000'):
         load_head(tmp_path)
 
 

@@ -41,6 +41,8 @@ def saved(tmp_path_factory):
 def test_round_trip_to_the_bit(model, tmp_path, refuse_prototypes):
     folder = save_model(model, tmp_path / 'new' / 'model', label_names=list('abcde'))
     assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+    (tmp_path / 'any').write_text('')
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / 'any').stat().st_mode}
     refuse_prototypes()
     state = torch.get_rng_state()
     again = load_model(folder)
@@ -103,8 +105,8 @@ def test_failed_save_leaves_the_old_files(model, tmp_path, monkeypatch):
         raise OSError('no space left')
 
     with monkeypatch.context() as patch:
-        patch.setattr('timm_dl2pa.models.model_files.save_file', disk_full)
-        for folder in ('model', 'new'):
+        patch.setattr('timm_dl2pa.prototypes.files.save_file', disk_full)
+        for folder in ('model', 'new/folder'):
             with pytest.raises(OSError, match='no space'):
                 save_model(model, tmp_path / folder)
     assert files_of(tmp_path / 'model') == before and not (tmp_path / 'new').exists()
@@ -258,7 +260,7 @@ HOSTILE = {
     'digest': (ours(weights_sha256=5), 'weights_sha256 must be a string, not 5'),
     'no head': (ours(head=None), 'timm_dl2pa must state the config of the head'),
     'head options': (head(extra=1), 'does not know, extra'),
-    'head kinds': (head(dim='3'), "config.json: dim must not be '3'"),
+    'head kinds': (head(dim='3'), "config.json: dim must be int, not '3'"),
     'other head': (head(neck='linear'), "neck is 'linear' in the config of the head, and 'linear_bn' in the"),
     'other features': (head(in_features=95), 'in_features is 95 in the config of the head, and 96'),
     'architecture': (top(architecture='test_vit'), "its architecture is 'test_vit', not 'dl2pa'. It is a plain"),
@@ -301,7 +303,16 @@ HOSTILE = {
     'one prototype for two': (tensors(lambda t: t['fc.assignment'].zero_()), 'fc.assignment is not an injection'),
     'outside': (tensors(lambda t: t['fc.assignment'].fill_(9)), r'fc.assignment .*outside 0\.\.6'),
     'no whole numbers': (tensors(lambda t: t.update({'fc.assignment': torch.arange(5.0)})),
-                         'must have an integer dtype, not torch.float'),
+                         'must have an integer dtype, not F32'),
+    'negative variance': (tensors(lambda t: t['bn1.running_var'].neg_()), 'bn1.running_var must not be negative'),
+    'negative variance of the neck': (tensors(lambda t: t['fc.neck.1.running_var'].neg_()),
+                                      'fc.neck.1.running_var must not be negative'),
+    'another scale': (lambda f: [change(f) for change in (args(dl2pa_scale=3.0), head(scale=3.0))],
+                      'fc.scale is 9.0 in the tensors, and 3.0 in the config'),
+    'absurd scale': (lambda f: [change(f) for change in (args(dl2pa_scale=1e30), head(scale=1e30))],
+                     'scale must be between'),
+    'float8': (tensors(lambda t: t.update({'conv1.0.weight': t['conv1.0.weight'].to(torch.float8_e4m3fn)})),
+               'conv1.0.weight in model.safetensors must have a floating-point dtype'),
     'nan weights': (tensors(lambda t: t['conv1.0.weight'].fill_(float('nan'))), 'conv1.0.weight is not finite'),
     'other weights': (tensors(lambda t: t['conv1.0.weight'].zero_(), keep_digest=True), 'its sha256 differs'),
 }
@@ -326,6 +337,21 @@ def test_hostile_folders(saved, tmp_path, case, monkeypatch):
     with pytest.raises(Exception) as caught:
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert not isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize('name', ['assignment', 'prototypes'])
+def test_heads_that_differ(tmp_path, name):
+    model = wrap_dl2pa(timm.create_model('deit_tiny_distilled_patch16_224', num_classes=6, img_size=32, depth=1), 4)
+    save_model(model, tmp_path, model_args=dict(img_size=32, depth=1))
+    message = f'head_dist.{name} differs from head.{name}: all heads of a model share one assignment'
+    with torch.no_grad():
+        getattr(model.head_dist, name).copy_(getattr(model.head_dist, name).flip(0))
+    with pytest.raises(ValueError, match=message):
+        save_model(model, tmp_path, model_args=dict(img_size=32, depth=1))
+    edit_tensors(tmp_path, lambda t: t[f'head_dist.{name}'].copy_(t[f'head_dist.{name}'].flip(0)))
+    for load in (load_model, lambda folder: timm.create_model(f'local-dir:{folder}', pretrained=True)):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
 
 
 def test_a_config_brings_no_weights_without_being_asked(model, tmp_path):

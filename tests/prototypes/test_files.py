@@ -1,97 +1,14 @@
 import os
+import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tests.helpers.processes import run_ranks
 from timm_dl2pa import DL2PAHead, load_prototypes, make_prototypes, save_prototypes
 from timm_dl2pa.cli import main
-from timm_dl2pa.prototypes import files, make
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv('TIMM_DL2PA_CACHE', str(tmp_path / 'cache'))
-    return tmp_path / 'cache'
-
-
-@pytest.fixture
-def count_work(monkeypatch):
-    calls = []
-    original = make.optimise
-    monkeypatch.setattr(make, 'optimise', lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
-    return calls
-
-
-def test_made_once(cache, count_work):
-    first, info = make_prototypes(30, 6, return_info=True)
-    again, kept = make_prototypes(30, 6, return_info=True)
-    assert torch.equal(first, again) and len(count_work) == 1
-    assert not info.cached and kept.cached and kept.description == info.description and kept.tried == info.tried
-    for other in (dict(seed=1), dict(objective='separated', effort=0.01), dict(method='optimise'), dict(effort=0.5)):
-        make_prototypes(30, 6, **other)
-    assert len(count_work) == 5 and len(list(cache.iterdir())) == 5
-    make_prototypes(30, 6, cache=False)
-    assert len(count_work) == 6
-
-
-def test_closed_forms_and_codes_are_not_kept(cache):
-    make_prototypes(5, 6), make_prototypes(200, 16, method='kerdock')
-    assert not cache.exists()
-
-
-@pytest.mark.parametrize('off', ['off', '0', ''])
-def test_switched_off(cache, monkeypatch, count_work, off, tmp_path):
-    monkeypatch.setenv('TIMM_DL2PA_CACHE', off)
-    monkeypatch.chdir(tmp_path)
-    make_prototypes(30, 6), make_prototypes(30, 6)
-    assert len(count_work) == 2 and not list(tmp_path.iterdir())
-
-
-def test_default_is_the_users_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv('TIMM_DL2PA_CACHE')
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert files.cache_folder() == tmp_path / 'timm_dl2pa'
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(bytes(content))
-
-
-@pytest.mark.parametrize('damage', [
-    flip_a_bit,
-    lambda path: path.write_bytes(path.read_bytes()[:-40]),
-    lambda path: path.write_bytes(b''),
-    lambda path: save_file({'prototypes': torch.eye(6)}, path),
-])
-def test_damaged_files_are_made_anew(cache, count_work, damage):
-    first = make_prototypes(30, 6)
-    path, = cache.iterdir()
-    damage(path)
-    assert torch.equal(make_prototypes(30, 6), first) and len(count_work) == 2
-    assert torch.equal(make_prototypes(30, 6), first) and len(count_work) == 2
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, caplog):
-    (tmp_path / 'file').write_text('in the way')
-    monkeypatch.setenv('TIMM_DL2PA_CACHE', str(tmp_path / 'file'))
-    assert make_prototypes(30, 6).shape == (30, 6)
-    assert 'TIMM_DL2PA_CACHE=off' in caplog.text
-
-
-def in_process(rank, folder):
-    os.environ['TIMM_DL2PA_CACHE'] = str(folder / 'cache')
-    torch.save(make_prototypes(60, 7), folder / f'{rank}.pt')
-
-
-@pytest.mark.slow
-def test_two_processes_at_once(tmp_path):
-    run_ranks(in_process, tmp_path, folder=tmp_path)
-    path, = (tmp_path / 'cache').iterdir()
-    assert all(torch.equal(load_prototypes(path), torch.load(tmp_path / f'{rank}.pt')) for rank in range(2))
+from timm_dl2pa.prototypes import files
 
 
 def test_files_go_into_heads(tmp_path):
@@ -116,10 +33,47 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match='one tensor named'):
         load_prototypes(tmp_path / 'two.safetensors')
     save_prototypes(tmp_path / 'good.safetensors', torch.eye(3))
-    with pytest.raises(AttributeError):
-        save_prototypes(tmp_path / 'good.safetensors', None)
-    assert torch.equal(load_prototypes(tmp_path / 'good.safetensors'), torch.eye(3))
-    assert not list(tmp_path.glob('*.part'))
+    for about in ('[1]', '{', '[' * 100000, '"text"'):
+        save_file({'prototypes': torch.eye(3)}, tmp_path / 'about.safetensors', metadata={'about': about})
+        with pytest.raises(ValueError, match=r'about\.safetensors'):
+            load_prototypes(tmp_path / 'about.safetensors')
+    for bad in (torch.tensor(1.0), torch.eye(3).to(torch.float8_e4m3fn), torch.eye(3, dtype=torch.int64),
+                torch.eye(3, dtype=torch.complex64)):
+        save_file({'prototypes': bad}, tmp_path / 'bad.safetensors')
+        with pytest.raises(ValueError, match=r'bad\.safetensors: prototypes must'):
+            load_prototypes(tmp_path / 'bad.safetensors')
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'good.safetensors'
+    save_prototypes(path, torch.eye(3))
+    for bad, error in ((None, AttributeError), (2 * torch.eye(3), ValueError), (torch.eye(3).long(), ValueError)):
+        with pytest.raises(error):
+            save_prototypes(path, bad)
+
+    def disk_full(tensors, path, metadata=None):
+        path.write_bytes(b'half')
+        raise SafetensorError('I/O error: no space left')  # no OSError
+
+    monkeypatch.setattr(files, 'save_file', disk_full)
+    with pytest.raises(OSError, match='no space left'):
+        save_prototypes(path, -torch.eye(3))
+    assert torch.equal(load_prototypes(path), torch.eye(3)) and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_written_has_the_mode_of_any_file(tmp_path):
+    (tmp_path / 'any').write_text('')
+    save_prototypes(tmp_path / 'good.safetensors', torch.eye(3))
+    assert (tmp_path / 'good.safetensors').stat().st_mode == (tmp_path / 'any').stat().st_mode
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    for name, age in (('.timm-dl2pa-part-old', 2 * 24 * 3600), ('.timm-dl2pa-part-new', 60), ('mine', 10 ** 7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'half.safetensors').write_bytes(b'half')
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    save_prototypes(tmp_path / 'good.safetensors', torch.eye(3))
+    assert sorted(os.listdir(tmp_path)) == ['.timm-dl2pa-part-new', 'good.safetensors', 'mine']
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from ..prototypes.nearest import margins
 from .card_picture import draw_card
+from .labels import LabelNames, read_label_names
 
 __all__ = ['CARD_NAME', 'PICTURE_NAME', 'Facts', 'Training', 'card_files']
 
@@ -72,7 +73,7 @@ class Facts:
 
     Attributes:
         backbone: The name of the timm model.
-        label_names: The names of the C classes.
+        label_names: The names of the C classes, see `read_label_names`.
         base_model: The Hub repository of the model that was fine-tuned.
         metrics: Metrics such as 'accuracy', as fractions.
         license: The licence of the repository, given by its owner.
@@ -81,7 +82,7 @@ class Facts:
         training: The record of the training.
     """
     backbone: str | None = None
-    label_names: Sequence[str] | None = None
+    label_names: LabelNames | None = None
     base_model: str | None = None
     metrics: dict[str, float] | None = None
     license: str | None = None
@@ -105,11 +106,12 @@ def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> d
         The contents of the files by name.
 
     Raises:
-        ValueError: `class_means` does not have a row for each class.
+        ValueError: `class_means` does not have a row for each class, or `label_names` not a name.
     """
     if facts.class_means is not None and facts.class_means.shape != head.class_prototypes.shape:
         raise ValueError(f'class_means must have the shape {tuple(head.class_prototypes.shape)}, one row for each '
                          f'class, not {tuple(facts.class_means.shape)}.')
+    facts = replace(facts, label_names=read_label_names(facts.label_names, head.num_classes))
     training = facts.training or Training()
     files = {}
     try:

@@ -5,20 +5,24 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..options import is_kind
+from ..values import is_kind
 
-__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check_label_names', 'find_files',
-           'read_config', 'read_tensors', 'replace_files', 'sha256_of']
+__all__ = ['CONFIG_NAME', 'WEIGHTS_NAME', 'check_finite', 'check_format', 'check_variances', 'find_files',
+           'new_folder', 'read_config', 'read_tensors', 'replace_files', 'sha256_of']
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
+# As safetensors names them.
+_FLOAT_DTYPES = ('F16', 'BF16', 'F32', 'F64')
+_WHOLE_NUMBER_DTYPES = ('I8', 'I16', 'I32', 'I64', 'U8')
 _PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.tar')
 
 
@@ -111,23 +115,6 @@ def read_config(folder: Path, origin: str) -> dict[str, Any]:
     return config
 
 
-def check_label_names(label_names: Any, num_classes: int, where: str) -> None:
-    """Check the names of the classes.
-
-    Args:
-        label_names: The value to check: a list or tuple of C strings, or None.
-        num_classes: C.
-        where: The name of the argument for error messages.
-
-    Raises:
-        ValueError: It is neither C names nor None.
-    """
-    if label_names is not None and not (isinstance(label_names, (list, tuple)) and len(label_names) == num_classes
-                                        and all(isinstance(name, str) for name in label_names)):
-        given = len(label_names) if isinstance(label_names, (list, tuple)) else label_names
-        raise ValueError(f'{where} must be {num_classes} names, one for each class, not {given!r}.')
-
-
 def read_tensors(
         path: Path,
         origin: str,
@@ -148,7 +135,8 @@ def read_tensors(
         The tensors by name, on the CPU.
 
     Raises:
-        ValueError: The file is damaged, it has other tensors, shapes or kinds of dtype, or a value is not finite.
+        ValueError: The file is damaged, it has other tensors, shapes or kinds of dtype, or a value is not finite or a
+            negative variance.
     """
     remedy = 'Download it again (force_download=True), or ask its owner to save it again.'
     try:
@@ -162,16 +150,18 @@ def read_tensors(
             if digest is not None and sha256_of(path) != digest:
                 raise ValueError(f'{origin}: {WEIGHTS_NAME} does not match {CONFIG_NAME}: its sha256 differs. '
                                  f'{remedy}')
+            for name in found:
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in (_WHOLE_NUMBER_DTYPES if name in whole_numbers else _FLOAT_DTYPES):
+                    expected = 'an integer' if name in whole_numbers else 'a floating-point'
+                    raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must have {expected} dtype, not {dtype}.')
             # Cloned, because the file's tensors are views at arbitrary offsets, and kernels for unaligned weights round
             # differently.
             tensors = {name: file.get_tensor(name).clone() for name in found}
     except SafetensorError as error:
         raise ValueError(f'{origin}: {WEIGHTS_NAME} is damaged: {error}. {remedy}') from None
     check_finite(tensors, f'{origin}: {WEIGHTS_NAME}')
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() == (name in whole_numbers):
-            expected = 'an integer' if name in whole_numbers else 'a floating-point'
-            raise ValueError(f'{origin}: {name} in {WEIGHTS_NAME} must have {expected} dtype, not {tensor.dtype}.')
+    check_variances(tensors, f'{origin}: {WEIGHTS_NAME}: ')
     return tensors
 
 
@@ -208,6 +198,21 @@ def check_finite(tensors: dict[str, torch.Tensor], origin: str) -> None:
             raise ValueError(f'{origin}: {name} is not finite.')
 
 
+def check_variances(tensors: Mapping[str, torch.Tensor], origin: str = '') -> None:
+    """Check that no running variance of a batch norm is negative.
+
+    Args:
+        tensors: The tensors by name.
+        origin: The beginning of error messages.
+
+    Raises:
+        ValueError: One is. It is named.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith('running_var') and tensor.is_floating_point() and bool((tensor < 0).any()):
+            raise ValueError(f'{origin}{name} must not be negative: it holds variances.')
+
+
 def sha256_of(path: Path) -> str:
     """Compute the sha256 of a file.
 
@@ -222,6 +227,28 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2 ** 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Context manager that creates a folder if necessary, and removes what it created if its body raises.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder.
+    """
+    folder = Path(folder)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # something else is in it by now
+            for path in created:
+                path.rmdir()
+        raise
 
 
 def replace_files(parts: dict[Path, Path]) -> None:

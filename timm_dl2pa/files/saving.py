@@ -1,16 +1,16 @@
 """SavedModule: saves a module to a folder or a Hub repository, as safetensors with a JSON config."""
-import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save
 
+from ..prototypes.files import staging_folder, write_tensors
 from ..version import __version__
 from .card import Facts, Training, card_files
 from .folder import (
@@ -18,12 +18,14 @@ from .folder import (
     WEIGHTS_NAME,
     check_finite,
     check_format,
-    check_label_names,
     find_files,
+    new_folder,
     read_config,
     read_tensors,
     replace_files,
+    sha256_of,
 )
+from .labels import LabelNames, read_label_names
 from .upload import upload
 
 __all__ = ['LIBRARY', 'SavedModule']
@@ -48,65 +50,85 @@ class SavedModule:
     whole_numbers: ClassVar[tuple[str, ...]] = ()
     label_names: list[str] | None
 
-    def save_pretrained(self, folder: str | os.PathLike, *, label_names: list[str] | None = None) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike, *, label_names: LabelNames | None = None) -> Path:
         """Save the head to a folder, from which `load_head` loads it.
 
-        The files are `model.safetensors` and `config.json`, which holds the sha256 of the weights. Both are complete
-        before they replace older files. If that fails, the older files are restored.
+        The files are `model.safetensors` and `config.json`, which holds the sha256 of the weights. Both are complete,
+        and the head was loaded from them, before they replace older files. If that fails, the older files are restored.
 
         Args:
             folder: The folder, which is created if necessary.
-            label_names: The names of the C classes. Default: the head's, if any.
+            label_names: The names of the C classes: a list by index, or a mapping such as `id2label` or `class_to_idx`.
+                Default: the head's, if any.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: The number of label names is not C, a tensor is not finite, or layers of the backbone's original
-                classifier precede the head's neck and belong to the model. Nothing was written.
-            OSError: A file cannot be written.
+            ValueError: The label names are not C names, a tensor is not finite, the head could not be loaded again, or
+                layers of the backbone's original classifier precede the head's neck and belong to the model. The folder
+                is unchanged.
+            OSError: A file cannot be written. The folder is unchanged.
 
         Example:
             >>> folder = head.save_pretrained('my-head', label_names=list('0123456789'))
             >>> load_head(folder).label_names[:3]
             ['0', '1', '2']
         """
-        contents = self.file_contents(label_names)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix='.part-', dir=folder) as stage:
-            for name, content in contents.items():
-                (Path(stage) / name).write_bytes(content)
-            replace_files({folder / name: Path(stage) / name for name in contents})
+        self.check_saved_alone()
+        label_names = self._label_names(label_names)
+        with new_folder(folder) as folder, self._stage(label_names, parent=folder) as stage:
+            replace_files({folder / part.name: part for part in sorted(stage.iterdir())})
         return folder
 
-    def file_contents(self, label_names: list[str] | None = None) -> dict[str, bytes]:
-        """Return the contents of the two files that hold the head, without writing them.
+    @contextmanager
+    def _stage(self, label_names: list[str] | None, parent: Path | None = None) -> Iterator[Path]:
+        """Context manager that writes the two files to a temporary folder, after checking that they can be loaded.
 
         Args:
-            label_names: The names of the C classes. Default: the head's, if any.
+            label_names: The names of the C classes, checked.
+            parent: The folder in which the temporary folder is made. Default: the system's.
 
-        Returns:
-            The contents by file name.
+        Yields:
+            The temporary folder, which is removed on leaving the context.
 
         Raises:
-            ValueError: See `save_pretrained`.
+            ValueError: A tensor is not finite, or the files do not make the same head.
+            OSError: A file cannot be written.
         """
-        self.check_saved_alone()
-        label_names = self.label_names if label_names is None else list(label_names)
-        check_label_names(label_names, self.config.num_classes, 'label_names')
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.state_dict().items()}
         check_finite(tensors, 'the head')
-        weights = save(tensors, metadata={'format': 'pt'})
-        config = {
-            'library_name': LIBRARY,
-            'format': _FORMAT,
-            'head': asdict(self.config),
-            'label_names': label_names,
-            'weights_sha256': hashlib.sha256(weights).hexdigest(),
-            'versions': {LIBRARY: __version__, 'torch': str(torch.__version__)},
-        }
-        return {WEIGHTS_NAME: weights, CONFIG_NAME: (json.dumps(config, indent=2) + '\n').encode()}
+        with staging_folder(parent) as stage:
+            write_tensors(stage / WEIGHTS_NAME, tensors, {'format': 'pt'})
+            config = {
+                'library_name': LIBRARY,
+                'format': _FORMAT,
+                'head': asdict(self.config),
+                'label_names': label_names,
+                'weights_sha256': sha256_of(stage / WEIGHTS_NAME),
+                'versions': {LIBRARY: __version__, 'torch': str(torch.__version__)},
+            }
+            (stage / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+            self._check_reloaded(tensors, stage)
+            yield stage
+
+    def _check_reloaded(self, tensors: dict[str, torch.Tensor], stage: Path) -> None:
+        """Raise a ValueError unless the files make the same head."""
+        try:
+            reloaded = self.from_pretrained(f'local-dir:{stage}').state_dict()
+        except ValueError as error:
+            reason = str(error).removeprefix(f'{stage}: ')
+            raise ValueError(f'the head cannot be saved, because it could not be loaded again: {reason}') from None
+        for name, tensor in tensors.items():
+            again = reloaded[name].to(tensor.dtype)
+            # Prototypes in bfloat16 are of unit length again when they have been loaded.
+            if not (torch.equal(tensor, again) or (tensor.is_floating_point()
+                                                   and torch.allclose(tensor, again, rtol=0, atol=4e-3))):
+                raise ValueError(f'the head cannot be saved, because another one would be loaded: {name} differs.')
+
+    def _label_names(self, given: LabelNames | None) -> list[str] | None:
+        """Return the given names of the classes, or those of the head."""
+        return read_label_names(self.label_names if given is None else given, self.config.num_classes)
 
     @classmethod
     def from_pretrained(
@@ -174,8 +196,9 @@ class SavedModule:
                              f"or timm.create_model('hf-hub:...').")
         check_format(config.get('format'), _FORMAT, origin)
         head = cls.config_class.from_json(config['head'], f'{origin}: {CONFIG_NAME}')
-        labels, digest = config.get('label_names'), config.get('weights_sha256')
-        check_label_names(labels, head.num_classes, f'{origin}: label_names in {CONFIG_NAME}')
+        digest = config.get('weights_sha256')
+        labels = read_label_names(config.get('label_names'), head.num_classes,
+                                  f'{origin}: label_names in {CONFIG_NAME}')
         if not isinstance(digest, str):
             raise ValueError(f'{origin}: {CONFIG_NAME} must state weights_sha256, a string, not {digest!r}.')
         return head, labels, digest
@@ -184,7 +207,7 @@ class SavedModule:
             self,
             repo_id: str,
             *,
-            label_names: list[str] | None = None,
+            label_names: LabelNames | None = None,
             base_model: str | None = None,
             metrics: dict[str, float] | None = None,
             license: str | None = None,
@@ -201,7 +224,8 @@ class SavedModule:
 
         Args:
             repo_id: The repository, 'user/name'.
-            label_names: The names of the C classes. Default: the head's, if any.
+            label_names: The names of the C classes: a list by index, or a mapping such as `id2label` or `class_to_idx`.
+                Default: the head's, if any.
             base_model: For the card: the repository of the backbone, if the backbone was not fine-tuned.
             metrics: For the card: metrics such as 'accuracy', as fractions.
             license: For the card: the licence of the repository.
@@ -223,9 +247,11 @@ class SavedModule:
         Example:
             >>> address = head.push_to_hub('me/my-head', metrics={'accuracy': 0.81})
         """
-        label_names = self.label_names if label_names is None else label_names
-        contents = self.file_contents(label_names)
+        self.check_saved_alone()
+        label_names = self._label_names(label_names)
         facts = Facts(backbone=backbone, label_names=label_names, base_model=base_model, metrics=metrics,
                       license=license, backbone_license=backbone_license, class_means=class_means, training=training)
-        contents.update(card_files(self, repo_id, facts, kind='head'))
-        return upload(contents, repo_id, commit_message=commit_message, **upload_options)
+        card = card_files(self, repo_id, facts, kind='head')
+        with self._stage(label_names) as stage:
+            contents = {**{path.name: path for path in stage.iterdir()}, **card}
+            return upload(contents, repo_id, commit_message=commit_message, **upload_options)

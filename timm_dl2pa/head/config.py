@@ -3,16 +3,20 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..options import KINDS, is_kind
+from ..options import KINDS
 from ..recipes import DEFAULT_RECIPE, find_recipe
+from ..values import checked_value
 from .neck import NECKS, neck_shapes
 
-__all__ = ['DL2PAConfig', 'default_scale']
+__all__ = ['DL2PAConfig', 'check_scale', 'default_scale']
 
 TRAIN_OUTPUTS = ('logits', 'embeddings')
 
 # Where a learned scale begins: low, so that young embeddings are not asked to be certain. It grows with training.
 LEARNED_SCALE_START = 4.0
+# Far beyond what a training gives. Outside, logits leave the range of the dtypes, or all classes are alike.
+MIN_SCALE, MAX_SCALE = 1e-6, 1e6
+MAX_LOG_SCALE = 14
 
 
 def default_scale(num_classes: int) -> float:
@@ -32,9 +36,25 @@ def default_scale(num_classes: int) -> float:
     return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
 
 
+def check_scale(scale: float, name: str = 'scale') -> None:
+    """Check the factor on the cosines.
+
+    Args:
+        scale: The factor.
+        name: What it is, for error messages.
+
+    Raises:
+        ValueError: It is not between `MIN_SCALE` and `MAX_SCALE`.
+    """
+    if not MIN_SCALE <= scale <= MAX_SCALE:
+        raise ValueError(f'{name} must be between {MIN_SCALE:g} and {MAX_SCALE:g}, not {scale!r:.40}.')
+
+
 @dataclass(frozen=True)
 class DL2PAConfig:
     """What a head is made from: with the head's state dict, enough to build it again.
+
+    Scalars of numpy and torch become Python's.
 
     Attributes:
         in_features: Number of backbone features.
@@ -47,12 +67,12 @@ class DL2PAConfig:
         learn_scale: Whether the scale is a parameter; None means the recipe's, where no scale is given and the head
             returns logits in training.
         train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
-        seed: Seed of the prototypes, and of a random first assignment.
+        seed: Seed of the prototypes, and of a random first assignment, in 0..2^63 - 1.
         own_prototypes: Whether the prototypes were given or moved, rather than made from the seed.
         recipe: 'placed', 'even' or 'paper'.
 
     Raises:
-        ValueError: A value is out of range, or two exclude each other.
+        ValueError: A value has the wrong type or is out of range, or two exclude each other.
 
     Example:
         >>> config = DL2PAConfig(in_features=512, num_classes=100, dim=50)
@@ -72,6 +92,10 @@ class DL2PAConfig:
     recipe: str = DEFAULT_RECIPE
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                self._set(field.name, checked_value(field.name, value, KINDS[field.name]))
         recipe = find_recipe(self.recipe)
         for name, least in (('in_features', 1), ('num_classes', 2), ('dim', 1)):
             if getattr(self, name) < least:
@@ -96,8 +120,10 @@ class DL2PAConfig:
             raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
         if self.scale is None:
             self._set('scale', LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes))
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f'scale must be positive and finite, not {self.scale}.')
+        check_scale(self.scale)
+        self._set('scale', float(self.scale))
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f'seed must be in 0..2^63 - 1, not {self.seed}.')
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -137,12 +163,9 @@ class DL2PAConfig:
         unknown = given.keys() ^ {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f'{where}: the head lacks, or does not know, {", ".join(sorted(unknown))}.')
-        for name, value in given.items():
-            if not is_kind(value, KINDS[name]):
-                raise ValueError(f'{where}: {name} must not be {value!r}.')
         try:
-            if not math.isfinite(given['scale']):
-                raise ValueError(f'scale must be finite, not {given["scale"]}.')
+            for name, value in given.items():
+                checked_value(name, value, KINDS[name])  # None too, which a constructor takes for the default
             return cls(**given)
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             raise ValueError(f'{where}: {error}') from None

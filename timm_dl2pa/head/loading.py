@@ -1,15 +1,15 @@
 """Checked loading of a head's state dict: everything is checked before anything is copied."""
-import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..assignment import check_assignment, restore_whole_numbers
+from ..files.folder import check_variances
 from ..prototypes import check_prototypes, unit_rows
-from .config import DL2PAConfig
+from .config import MAX_LOG_SCALE, DL2PAConfig
 
-__all__ = ['check_state', 'head_prefixes']
+__all__ = ['check_same_assignment', 'check_scale_in_file', 'check_state', 'head_prefixes']
 
 
 def head_prefixes(state: dict[str, Any]) -> list[str]:
@@ -18,6 +18,40 @@ def head_prefixes(state: dict[str, Any]) -> list[str]:
     names = (name.removesuffix('prototypes') for name in state
              if name == 'prototypes' or name.endswith('.prototypes'))
     return [prefix for prefix in names if prefix + 'assignment' in state]
+
+
+def check_same_assignment(state: dict[str, torch.Tensor]) -> None:
+    """Check that all heads of a model have one assignment and one set of prototypes.
+
+    Args:
+        state: The state dict of the model.
+
+    Raises:
+        ValueError: Two heads differ.
+    """
+    first, *others = head_prefixes(state) or ['']
+    for prefix in others:
+        for name in ('assignment', 'prototypes'):
+            if not torch.equal(state[first + name], state[prefix + name]):
+                raise ValueError(f'{prefix}{name} differs from {first}{name}: all heads of a model share one '
+                                 f'assignment and one set of prototypes.')
+
+
+def check_scale_in_file(config: DL2PAConfig, tensors: dict[str, torch.Tensor], prefix: str = '') -> None:
+    """Check that a file's config and its tensors do not contradict each other: a fixed scale is in both.
+
+    Args:
+        config: The config of a head.
+        tensors: The tensors.
+        prefix: That of the head's tensors.
+
+    Raises:
+        ValueError: They do.
+    """
+    if not config.learn_scale:
+        scale = float(tensors[f'{prefix}scale'])
+        if scale != torch.tensor(config.scale, dtype=torch.float32).item():
+            raise ValueError(f'scale is {scale} in the tensors, and {config.scale} in the config.')
 
 
 def check_state(
@@ -62,8 +96,10 @@ def check_state(
             loaded['scale'] = given['scale'].float()
             # The config goes on telling how to build this head.
             config = replace(config, scale=float(given['scale']))
-        if 'log_scale' in given and not math.isfinite(float(given['log_scale'])):
-            raise ValueError(f'log_scale must be finite, not {float(given["log_scale"])}.')
+        if 'log_scale' in given and not abs(float(given['log_scale'])) <= MAX_LOG_SCALE:
+            raise ValueError(f'log_scale must be between -{MAX_LOG_SCALE} and {MAX_LOG_SCALE}, not '
+                             f'{float(given["log_scale"])}.')
+        check_variances(given)
     except ValueError as error:
         raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
     return loaded, config

@@ -12,9 +12,10 @@ from ..assignment import check_assignment
 from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
+from ..values import checked_value
 from . import numerics
 from .config import DL2PAConfig
-from .loading import check_state
+from .loading import check_scale_in_file, check_state
 from .neck import load_neck, make_neck
 from .view import TrainingView
 
@@ -97,6 +98,8 @@ class DL2PAHead(SavedModule, nn.Module):
             dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        num_classes = checked_value('num_classes', num_classes, int)
+        dim = checked_value('dim', dim, int)
         if prototypes is not None:
             if isinstance(prototypes, (str, os.PathLike)):
                 prototypes = load_prototypes(prototypes)
@@ -123,10 +126,10 @@ class DL2PAHead(SavedModule, nn.Module):
             recipe=recipe,
         )
         if prototypes is None:
-            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=seed)
+            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=self.config.seed)
 
         device = torch.empty(0, device=device).device  # the default device where none is given
-        self.neck = make_neck(self.config.neck, in_features, dim, device=device, dtype=dtype)
+        self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
         if self.config.learn_scale:
             self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale), device=device, dtype=dtype))
         else:
@@ -172,8 +175,7 @@ class DL2PAHead(SavedModule, nn.Module):
         with torch.random.fork_rng(devices=[]):
             head = cls.from_config(config, torch.eye(config.dim)[:1].expand(config.num_prototypes, -1))
         head.load_state_dict(tensors, assign=True)
-        if not config.learn_scale and float(tensors['scale']) != torch.tensor(config.scale).item():
-            raise ValueError(f'scale is {float(tensors["scale"])} in the tensors, and {config.scale} in the config.')
+        check_scale_in_file(config, tensors)
         head.config = config  # to the digit, where the buffer is rounded
         return head
 

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from ..assignment import check_assignment
@@ -22,14 +20,16 @@ from ..files.folder import (
     WEIGHTS_NAME,
     check_finite,
     check_format,
-    check_label_names,
     read_config,
     read_tensors,
     sha256_of,
 )
-from ..head import DL2PAConfig, head_prefixes, heads_of
-from ..options import KINDS, PREFIX, is_kind
+from ..files.labels import LabelNames, read_label_names
+from ..head import DL2PAConfig, check_same_assignment, check_scale_in_file, head_prefixes, heads_of
+from ..options import KINDS, PREFIX
 from ..prototypes import check_prototypes
+from ..prototypes.files import staging_folder, write_tensors
+from ..values import is_kind
 from ..version import __version__
 from .wrapping import REGISTRY_NAME, backbone_name, registry_options, wrap_dl2pa
 
@@ -136,8 +136,13 @@ def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.T
         try:
             check_prototypes(tensors[f'{prefix}prototypes'])
             check_assignment(tensors[f'{prefix}assignment'], config.num_classes, config.num_prototypes)
+            check_scale_in_file(config, tensors, prefix)
         except ValueError as error:
             raise ValueError(f'{origin}: {WEIGHTS_NAME}: {prefix}{error}') from None
+    try:
+        check_same_assignment(tensors)
+    except ValueError as error:
+        raise ValueError(f'{origin}: {WEIGHTS_NAME}: {error}') from None
     return saved, tensors
 
 
@@ -218,8 +223,8 @@ def _read_saved_config(folder: Path, origin: str) -> SavedModel:
     if not is_kind(num_classes, int) or arguments.pop('num_classes', num_classes) != num_classes:
         raise ValueError(f'{where} must state one number of classes: num_classes must be an integer, and the same in '
                          f'model_args.')
-    label_names = config.get('label_names', data.get('label_names'))
-    check_label_names(label_names, num_classes, f'{where}: label_names')
+    label_names = read_label_names(config.get('label_names', data.get('label_names')), num_classes,
+                                   f'{where}: label_names')
     options = {name.removeprefix(PREFIX): arguments.pop(name) for name in list(arguments)
                if name.startswith(PREFIX)}
     options.pop('prototypes', None)  # a file on the author's machine; the prototypes are among the weights
@@ -278,7 +283,7 @@ def model_stage(
         *,
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
-        label_names: list[str] | None = None,
+        label_names: LabelNames | None = None,
         parent: str | os.PathLike | None = None,
 ) -> Iterator[Path]:
     """Context manager that writes a model's two files to a temporary folder, after checking that timm can load them.
@@ -300,14 +305,12 @@ def model_stage(
     if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, and timm cannot load it: '
                          f'save or push the head alone.')
-    label_names = None if label_names is None else list(label_names)
-    check_label_names(label_names, model.num_classes, 'label_names')
+    label_names = read_label_names(label_names, model.num_classes)
     # Cloned, because safetensors refuses shared memory and tensors that are not contiguous.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     check_finite(state, 'the model')
-    with TemporaryDirectory(prefix='.part-', dir=parent) as stage:
-        folder = Path(stage)
-        save_file(state, folder / WEIGHTS_NAME, metadata={'format': 'pt'})
+    with staging_folder(parent) as folder:
+        write_tensors(folder / WEIGHTS_NAME, state, {'format': 'pt'})
         config = _write_config(model, model_args or {}, data_config, label_names, folder)
         _check_reloaded(state, config.get('model_args', {}), folder)
         yield folder

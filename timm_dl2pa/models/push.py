@@ -5,12 +5,12 @@ import torch
 import torch.nn as nn
 
 from ..files.card import Facts, Training, card_files
-from ..files.folder import check_label_names
+from ..files.labels import LabelNames
 from ..files.upload import upload
 from ..head import heads_of
 from .folding import fold_dl2pa
 from .model_files import model_stage
-from .saved import check_savable
+from .saved import check_savable, label_names_of
 from .wrapping import backbone_name
 
 __all__ = ['push_head_to_hub', 'push_model_to_hub']
@@ -20,7 +20,7 @@ def push_head_to_hub(
         model_or_head: nn.Module,
         repo_id: str,
         *,
-        label_names: list[str] | None = None,
+        label_names: LabelNames | None = None,
         base_model: str | None = None,
         metrics: dict[str, float] | None = None,
         license: str | None = None,
@@ -41,7 +41,8 @@ def push_head_to_hub(
     Args:
         model_or_head: A head, or a wrapped model, of which the main head is uploaded.
         repo_id: The repository, 'user/name'.
-        label_names: The names of the C classes. Default: those that the model or head was loaded with, if any.
+        label_names: The names of the C classes: a list by index, or a mapping such as `id2label` or `class_to_idx`.
+            Default: those that the model or head was loaded with, if any.
         base_model: For the card: the repository of the backbone, such as 'timm/resnet50.a1_in1k', if the backbone was
             not fine-tuned.
         metrics: For the card: metrics such as 'accuracy', as fractions.
@@ -89,7 +90,7 @@ def push_model_to_hub(
         folded: bool = False,
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
-        label_names: list[str] | None = None,
+        label_names: LabelNames | None = None,
         base_model: str | None = None,
         metrics: dict[str, float] | None = None,
         license: str | None = None,
@@ -114,7 +115,8 @@ def push_model_to_hub(
         model_args: The arguments of `timm.create_model` for the backbone, such as `img_size`. timm records them since
             1.0.31; earlier versions need them here.
         data_config: The preparation of images ('input_size', 'mean', ...). Default: the model's.
-        label_names: The names of the C classes. Default: those that the model was loaded with, if any.
+        label_names: The names of the C classes: a list by index, or a mapping such as `id2label` or `class_to_idx`.
+            Default: those that the model was loaded with, if any.
         base_model: For the card: the repository of the model that was fine-tuned.
         metrics: For the card: metrics such as 'accuracy', as fractions.
         license: For the card: the licence of the repository, '' for none. Default: that of the backbone's pretrained
@@ -143,8 +145,7 @@ def push_model_to_hub(
         100
     """
     check_savable(model)
-    label_names = label_names or getattr(model, 'label_names', None)
-    check_label_names(label_names, model.num_classes, 'label_names')
+    label_names = label_names_of(model, label_names)
     uploaded = fold_dl2pa(model) if folded else model
     facts = Facts(
         backbone=backbone_name(model), label_names=label_names, base_model=base_model, metrics=metrics,

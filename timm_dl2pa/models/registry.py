@@ -9,7 +9,8 @@ import torch.nn as nn
 from timm.models import PretrainedCfg, load_pretrained, register_model
 
 from ..files.folder import find_files
-from ..head import default_scale, head_prefixes, load_neck
+from ..files.labels import read_label_names
+from ..head import check_same_assignment, default_scale, head_prefixes, load_neck
 from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
 from .model_files import SavedModel, check_backbone, check_backbone_arguments, read_model
@@ -84,7 +85,6 @@ def dl2pa(
         data = {**saved.data, **(pretrained_cfg_overlay or {}), **dict.fromkeys(_SOURCE_ENTRIES),
                 'state_dict': tensors}
         if kwargs.get('num_classes', saved.num_classes) != saved.num_classes:
-            data.update(label_names=None, label_descriptions=None)
             options = _for_other_classes(options, saved)
     if (data.get('num_classes') or 0) > 0:  # train.py passes -1 if the file has another number of classes
         kwargs.setdefault('num_classes', data['num_classes'])
@@ -103,6 +103,10 @@ def dl2pa(
         model = wrap_dl2pa(backbone, **{**options, 'num_prototypes': None, 'prototypes': points})
     else:
         model = wrap_dl2pa(backbone, **options)
+    if data.get('num_classes', model.num_classes) != model.num_classes:
+        data.update(label_names=None, label_descriptions=None)
+    given_names = (pretrained_cfg_overlay or {}).get('label_names', data.get('label_names'))
+    model.label_names = data['label_names'] = read_label_names(given_names, model.num_classes)
     data = {name: value for name, value in data.items() if value is not None}
     cfg = {**model.pretrained_cfg, 'tag': None, **data, 'architecture': 'dl2pa', 'custom_load': False}
     if load_whole_model:
@@ -114,8 +118,6 @@ def dl2pa(
     cfg.pop('state_dict', None)
     model.pretrained_cfg = model.default_cfg = cfg
     model._model_args['dl2pa_backbone'] = dl2pa_backbone
-    if repository:
-        model.label_names = cfg.get('label_names')
     return model
 
 
@@ -145,6 +147,7 @@ def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, tor
     if not sizes:
         raise ValueError('the weights are not those of a DL2PA model: they have no assignment. To load the weights of '
                          'a backbone, make it with timm.create_model and wrap it with wrap_dl2pa.')
+    check_same_assignment(state)
     if sizes == {model.num_classes}:
         return state
     neck_fits = True

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..files.folder import find_files, replace_files
+from ..files.folder import find_files, new_folder, replace_files
+from ..files.labels import LabelNames, read_label_names
 from ..head import DL2PAHead, heads_of
 from .model_files import model_stage, read_model
 from .wrapping import backbone_name, replace_classifiers
 
-__all__ = ['check_savable', 'load_model', 'save_model']
+__all__ = ['check_savable', 'label_names_of', 'load_model', 'save_model']
 
 
 def save_model(
@@ -21,7 +22,7 @@ def save_model(
         *,
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
-        label_names: list[str] | None = None,
+        label_names: LabelNames | None = None,
 ) -> Path:
     """Save a wrapped model to a folder, from which `load_model` loads it.
 
@@ -37,7 +38,8 @@ def save_model(
             `dict(img_size=64, in_chans=1)`, as JSON values. timm records them since 1.0.31; earlier versions need them
             here.
         data_config: The preparation of images ('input_size', 'mean', ...). Default: the model's.
-        label_names: The names of the C classes. Default: those that the model was loaded with, if any.
+        label_names: The names of the C classes: a list by index, or a mapping such as `id2label` or `class_to_idx`.
+            Default: those that the model was loaded with, if any.
 
     Returns:
         The folder.
@@ -55,18 +57,24 @@ def save_model(
         True
     """
     check_savable(model)
-    folder = Path(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with model_stage(model, model_args=model_args, data_config=data_config, parent=folder,
-                         label_names=label_names or getattr(model, 'label_names', None)) as stage:
-            replace_files({folder / part.name: part for part in sorted(stage.iterdir())})
-    except BaseException:
-        if is_new:
-            folder.rmdir()
-        raise
+    label_names = label_names_of(model, label_names)
+    with new_folder(folder) as folder, model_stage(
+            model, model_args=model_args, data_config=data_config, label_names=label_names, parent=folder) as stage:
+        replace_files({folder / part.name: part for part in sorted(stage.iterdir())})
     return folder
+
+
+def label_names_of(model: nn.Module, given: LabelNames | None) -> list[str] | None:
+    """Return the names of a model's classes.
+
+    Args:
+        model: A wrapped model.
+        given: The names, see `read_label_names`. Default: those that the model was loaded with, if any.
+
+    Raises:
+        ValueError: They are not the names of the model's classes.
+    """
+    return read_label_names(getattr(model, 'label_names', None) if given is None else given, model.num_classes)
 
 
 def check_savable(model: nn.Module) -> None:
@@ -157,6 +165,5 @@ def _change_classes(model: nn.Module, num_classes: int, origin: str) -> None:
         return next(old_heads).with_classes(num_classes)
 
     replace_classifiers(model, make_head)
-    model.label_names = None
     for cfg in (model.pretrained_cfg, model.default_cfg):
         cfg.update(num_classes=num_classes, label_names=None, label_descriptions=None)

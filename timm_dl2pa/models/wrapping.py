@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..files.labels import read_label_names
 from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
 from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
@@ -226,6 +227,8 @@ def replace_classifiers(
         set_module(model, path, head)
     fuse_around_heads(model)
     main = next(iter(heads.values()))
+    if model.num_classes != main.num_classes:
+        model.label_names = None
     model.num_classes = main.num_classes
     # Attributes of the instance, so that the type of the model remains timm's.
     record_registry_entry(model, main.config)
@@ -343,6 +346,8 @@ class _ResetClassifier:
         def make_head(in_features: int, **factory_kwargs: Any) -> DL2PAHead:
             return DL2PAHead.from_config(replace(config, in_features=in_features), points, **factory_kwargs)
 
+        if num_classes != self.model.num_classes:
+            self.model.label_names = None
         _reset(self.model, num_classes, *args, **kwargs)
         replace_classifiers(self.model, make_head)
         for head in heads_of(self.model):
@@ -456,6 +461,7 @@ def _wrap_with_head(
     origin = 'head' if isinstance(head, DL2PAHead) else os.fspath(head)
     if not isinstance(head, DL2PAHead):
         head = load_head(head)
+    label_names = read_label_names(head.label_names, head.num_classes, 'head.label_names')
     if dim not in (defaults['dim'], head.dim):
         given.append('dim')
     if given:
@@ -463,7 +469,7 @@ def _wrap_with_head(
     if num_classes not in (None, head.num_classes):
         warnings.warn(f'{origin} is a head for {head.num_classes} classes, not {num_classes}: its neck is kept, '
                       f'its prototypes and assignment are new.', stacklevel=3)
-        head = head.with_classes(num_classes)
+        head, label_names = head.with_classes(num_classes), None
 
     def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
         if head.in_features != in_features:
@@ -472,5 +478,5 @@ def _wrap_with_head(
         return copy.deepcopy(head).to(device, dtype)
 
     model = replace_classifiers(model, make_head, head.num_classes)
-    model.label_names = head.label_names
+    model.label_names = label_names
     return model

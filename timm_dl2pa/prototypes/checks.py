@@ -3,6 +3,8 @@ import torch
 
 __all__ = ['check_prototypes', 'unit_rows']
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_prototypes(prototypes: torch.Tensor, num_classes: int | None = None) -> None:
     """Check that prototypes are finite unit rows, and enough for the classes.
@@ -11,13 +13,16 @@ def check_prototypes(prototypes: torch.Tensor, num_classes: int | None = None) -
     up to 0.002, therefore pass.
 
     Args:
-        prototypes: (K, d), any floating-point dtype, on any device.
+        prototypes: (K, d) float32, float16, bfloat16 or float64, on any device.
         num_classes: C. Default: K is not checked.
 
     Raises:
-        ValueError: The shape is not (K, d), a row is not finite or not of unit length (the first one is named), or
-            K < C.
+        ValueError: The dtype is no such one, the shape is not (K, d), a row is not finite or not of unit length (the
+            first one is named), or K < C.
     """
+    if prototypes.dtype not in _DTYPES:
+        raise ValueError(f'prototypes must be float32 (or float16, bfloat16, float64), not {prototypes.dtype}: convert '
+                         f'them by .float().')
     if prototypes.ndim != 2:
         raise ValueError(f'prototypes must have the shape (K, d), not {tuple(prototypes.shape)}.')
     if not torch.isfinite(prototypes).all():

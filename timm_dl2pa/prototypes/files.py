@@ -1,11 +1,14 @@
-"""Prototype sets in safetensors files, and a cache of the sets that take long to make."""
+"""Prototype sets in safetensors files; and how all files of tensors are written."""
 import hashlib
 import json
-import logging
 import os
-import uuid
-from collections.abc import Callable
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,39 +17,59 @@ from safetensors.torch import save_file
 
 from .checks import check_prototypes
 
-__all__ = ['CACHE_VARIABLE', 'cache_folder', 'load_prototypes', 'read_cached', 'replace_file', 'save_prototypes',
-           'write_cached']
+__all__ = ['load_prototypes', 'read_prototypes', 'save_prototypes', 'staging_folder', 'write_tensors']
 
-CACHE_VARIABLE = 'TIMM_DL2PA_CACHE'
-# Increase this whenever the same arguments give other points, so that outdated cache files are no longer found.
-VERSION = 1
 _TENSOR_NAME = 'prototypes'
-_logger = logging.getLogger(__name__)
+_STAGE_PREFIX = '.timm-dl2pa-part-'
+# No writer takes longer, so that an older staging folder is what a killed one left behind.
+_LONGEST_WRITE = 24 * 3600
 
 
-def replace_file(path: str | os.PathLike, write: Callable[[Path], Any]) -> None:
-    """Write a file atomically: to a temporary file in the same folder, which then replaces `path`.
+@contextmanager
+def staging_folder(parent: str | os.PathLike | None = None) -> Iterator[Path]:
+    """Context manager for a temporary folder, in which files are completed before they replace others.
 
-    If `write` raises, `path` is unchanged.
+    What writers that were killed left in the parent is removed.
 
     Args:
-        path: The file to create or replace.
-        write: Writes the content to the path that it is given.
+        parent: The folder in which it is made, so that both are on one file system. Default: the system's.
+
+    Yields:
+        The folder, which is removed on leaving the context.
     """
-    path = Path(path)
-    # A unique name, because two processes may write the same file at the same time.
-    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.part')
+    if parent is not None:
+        for left in Path(parent).glob(f'{_STAGE_PREFIX}*'):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _LONGEST_WRITE:
+                    shutil.rmtree(left)
+    with TemporaryDirectory(prefix=_STAGE_PREFIX, dir=parent, ignore_cleanup_errors=True) as stage:
+        yield Path(stage)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, with the mode of any new file.
+
+    Args:
+        path: The file to create, in a staging folder.
+        tensors: The tensors by name.
+        metadata: The metadata.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # by the umask; safetensors makes a file that nobody else can read
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f'{path.name} cannot be written: {error}') from error
+    path.chmod(stat.S_IMODE(mode))
 
 
 def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: dict[str, Any] | None = None) -> None:
     """Write a prototype set to a safetensors file, which `load_prototypes` reads.
 
-    The file is complete before it replaces an older one. Its metadata hold the sha256 of the prototypes.
+    The file is complete before it replaces an older one. Its metadata hold the sha256 of its contents.
 
     Args:
         path: The file to create or replace.
@@ -54,6 +77,7 @@ def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: di
         about: JSON values that describe the set, for the file's metadata.
 
     Raises:
+        ValueError: The prototypes are not a prototype set (see `check_prototypes`).
         OSError: The file cannot be written.
 
     Example:
@@ -62,8 +86,12 @@ def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: di
         torch.Size([10, 3])
     """
     prototypes = prototypes.detach().cpu().contiguous()
-    metadata = {'format': 'pt', 'about': json.dumps(about or {}), 'sha256': _digest(prototypes)}
-    replace_file(path, lambda temporary: save_file({_TENSOR_NAME: prototypes}, temporary, metadata=metadata))
+    check_prototypes(prototypes)
+    path, text = Path(path), json.dumps(about or {})
+    with staging_folder(path.parent) as stage:
+        write_tensors(stage / path.name, {_TENSOR_NAME: prototypes},
+                      {'format': 'pt', 'about': text, 'sha256': _digest(prototypes, text)})
+        os.replace(stage / path.name, path)
 
 
 def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
@@ -76,7 +104,7 @@ def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
         (K, d) unit rows, in the file's dtype, on the CPU.
 
     Raises:
-        FileNotFoundError: The file does not exist.
+        OSError: The file does not exist (FileNotFoundError), or cannot be opened.
         ValueError: The file is not in safetensors format or is damaged, it holds several tensors and none of them is
             named `prototypes`, or its tensor is not a prototype set (see `check_prototypes`).
 
@@ -85,13 +113,25 @@ def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
         >>> prototypes = load_prototypes('simplex.safetensors')
         >>> head = DL2PAHead(in_features=16, num_classes=4, dim=3, prototypes=prototypes)
     """
-    return _read_file(path)[0]
+    return read_prototypes(path)[0]
 
 
-def _read_file(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return the prototypes of a file, checked, and the `about` of its metadata."""
+def read_prototypes(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Read a prototype set and the description in its file's metadata.
+
+    Args:
+        path: See `load_prototypes`.
+
+    Returns:
+        The prototypes (K, d), and the `about` of `save_prototypes`; empty if the file has none.
+
+    Raises:
+        OSError, ValueError: See `load_prototypes`.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist: give the path of a safetensors file of prototypes.')
+    with open(path, 'rb'):
+        pass  # safetensors says in no OSError that it may not read a file
     try:
         with safe_open(path, framework='pt') as file:
             names = list(file.keys())
@@ -103,76 +143,18 @@ def _read_file(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f'{path} is not an intact safetensors file: {error}') from error
-    if metadata.get('sha256', _digest(prototypes)) != _digest(prototypes):
-        raise ValueError(f'{path} is damaged: the sha256 of its prototypes differs from the one in its metadata.')
+    text = metadata.get('about', '{}')
     try:
         check_prototypes(prototypes)
-        about = json.loads(metadata.get('about', '{}'))
-    except ValueError as error:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: {error}') from None
+    if metadata.get('sha256', _digest(prototypes, text)) != _digest(prototypes, text) or not isinstance(about, dict):
+        raise ValueError(f'{path} is damaged: its sha256 differs from the one in its metadata.')
     return prototypes, about
 
 
-def _digest(prototypes: torch.Tensor) -> str:
-    return hashlib.sha256(prototypes.contiguous().view(torch.uint8).numpy()).hexdigest()
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of cached prototypes.
-
-    Returns:
-        The folder that the environment variable TIMM_DL2PA_CACHE names, or `timm_dl2pa` in the user's cache folder;
-        None (no caching) if the variable is empty, 0 or off.
-    """
-    configured = os.environ.get(CACHE_VARIABLE)
-    if configured is not None:
-        return None if configured.strip().lower() in ('', '0', 'off') else Path(configured).expanduser()
-    base = os.environ.get('XDG_CACHE_HOME') or Path('~/.cache')
-    return Path(base).expanduser() / 'timm_dl2pa'
-
-
-def _cached_path(key: dict[str, Any]) -> Path | None:
-    folder = cache_folder()
-    return folder and folder / ('-'.join(str(value) for value in key.values()) + f'-v{VERSION}.safetensors')
-
-
-def read_cached(key: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]] | None:
-    """Look up a prototype set in the cache.
-
-    Args:
-        key: The arguments that the set was made with, `num_prototypes` and `dim` among them.
-
-    Returns:
-        The prototypes (K, d) and their `about`, or None if the cache has no intact file for the key. A damaged file is
-        logged as a warning.
-    """
-    path = _cached_path(key)
-    if path is None or not path.is_file():
-        return None
-    try:
-        prototypes, about = _read_file(path)
-    except (ValueError, OSError) as error:
-        _logger.warning('The cached prototypes cannot be read and are made again: %s', error)
-        return None
-    if about.get('key') != key or prototypes.shape != (key['num_prototypes'], key['dim']):
-        return None
-    return prototypes, about
-
-
-def write_cached(key: dict[str, Any], prototypes: torch.Tensor, about: dict[str, Any]) -> None:
-    """Store a prototype set in the cache. If the file cannot be written, a warning is logged.
-
-    Args:
-        key: The arguments that the set was made with.
-        prototypes: (K, d).
-        about: JSON values that describe the set.
-    """
-    path = _cached_path(key)
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_prototypes(path, prototypes, {**about, 'key': key})
-    except OSError as error:
-        _logger.warning('The prototypes could not be cached (%s). Set %s=off to disable the cache.', error,
-                        CACHE_VARIABLE)
+def _digest(prototypes: torch.Tensor, about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    digest.update(prototypes.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

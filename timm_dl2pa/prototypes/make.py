@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
+from ..values import checked_value
 from .bounds import max_cosine_lower_bound
+from .cache import read_cached, write_cached
 from .closed_form import orthogonal_simplices, regular_polygon, regular_simplex
 from .codes import CODES, Code, best_code, code_points, find_code
-from .files import read_cached, write_cached
 from .optimise import MIN_EVALUATIONS, OBJECTIVES, affordable_evaluations, cross_polytopes, optimise, sgd_recipe
 from .quality import prototype_quality
 
@@ -109,7 +110,8 @@ def make_prototypes(
         (K, d) float32 unit rows on the CPU; with `return_info` a pair of them and a `PrototypeInfo`.
 
     Raises:
-        ValueError: A number is out of range, a name is unknown, or the method has no set of K points in d dimensions.
+        ValueError: A number has the wrong type or is out of range, a name is unknown, or the method has no set of K
+            points in d dimensions.
 
     Example:
         >>> prototypes, info = make_prototypes(10, 16, return_info=True)
@@ -118,23 +120,25 @@ def make_prototypes(
         >>> make_prototypes(100, 16, method='kerdock').shape
         torch.Size([100, 16])
     """
-    _check_arguments(num_prototypes, dim, objective, method, effort)
+    num_prototypes, dim, seed = (checked_value(name, value, int) for name, value in (
+        ('num_prototypes', num_prototypes), ('dim', dim), ('seed', seed)))
+    effort = float(checked_value('effort', effort, (int, float)))
+    _check_arguments(num_prototypes, dim, objective, method, seed, effort)
     candidates = _select_methods(num_prototypes, dim, objective, method, effort, device)
     use_cache = cache and any(name in _CACHED_METHODS for name in candidates)
     key = dict(num_prototypes=num_prototypes, dim=dim, objective=objective, method=method, seed=seed,
-               effort=float(effort), device=torch.device(device).type)
-    if use_cache and (found := read_cached(key)) is not None:
-        points, about = found
-        return (points, PrototypeInfo(**about['info'], cached=True)) if return_info else points
+               effort=effort, device=torch.device(device).type)
+    if use_cache and (found := read_cached(key, lambda about: PrototypeInfo(**about, cached=True))) is not None:
+        return found if return_info else found[0]
     points, info = _make_best(candidates, num_prototypes, dim, objective, seed, effort, device, progress)
     if use_cache:
         about = asdict(info)
         del about['cached']
-        write_cached(key, points, {'info': about})
+        write_cached(key, points, about)
     return (points, info) if return_info else points
 
 
-def _check_arguments(num_points: int, dim: int, objective: str, method: str, effort: float) -> None:
+def _check_arguments(num_points: int, dim: int, objective: str, method: str, seed: int, effort: float) -> None:
     if num_points < 1 or dim < 1:
         raise ValueError(f'num_prototypes and dim must be at least 1, not {num_points} and {dim}.')
     if dim == 1 and num_points > 2:
@@ -144,6 +148,8 @@ def _check_arguments(num_points: int, dim: int, objective: str, method: str, eff
         raise ValueError(f'objective must be one of {", ".join(OBJECTIVES)}, not {objective!r}.')
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, not {method!r}.')
+    if not 0 <= seed < 2 ** 63:
+        raise ValueError(f'seed must be in 0..2^63 - 1, not {seed}.')
     if not (effort > 0 and math.isfinite(effort)):
         raise ValueError(f'effort must be positive and finite, not {effort}.')
 

@@ -12,9 +12,9 @@ from timm.models import clean_state_dict
 
 from ..assignment import check_assignment, restore_whole_numbers
 from ..head import head_prefixes
-from ..options import is_kind
 from ..prototypes import check_prototypes
 from ..scheduling import AssignmentUpdate
+from ..values import is_kind
 
 __all__ = ['AssignmentRecord', 'Checkpoint', 'one_line', 'read_checkpoint']
 

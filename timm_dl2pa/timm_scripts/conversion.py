@@ -5,16 +5,15 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..files.card import Training
-from ..files.folder import CONFIG_NAME
+from ..files.folder import CONFIG_NAME, new_folder
 from ..head import heads_of
 from ..models import backbone_name, fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, wrap_dl2pa
 from ..models.model_files import names_weights
-from ..options import PREFIX, PluginOptions, shown
-from ..prototypes.files import replace_file
+from ..options import PREFIX, PluginOptions
+from ..prototypes.files import staging_folder, write_tensors
+from ..values import shown
 from .checkpoint import Checkpoint, one_line, read_checkpoint
 from .record import class_means_of, metrics_of, read_training
 
@@ -131,16 +130,15 @@ def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = F
 
 def _write_state(state: dict[str, torch.Tensor], output: Path) -> None:
     """Write a state dict to a new file, which is there only when it is complete."""
-    def write(part: Path) -> None:
-        if output.suffix == '.safetensors':
-            save_file(state, part, metadata={'format': 'pt'})
-        else:
-            torch.save(state, part)
-
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, write)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        with new_folder(output.parent) as folder, staging_folder(folder) as stage:
+            part = stage / 'state'
+            if output.suffix == '.safetensors':
+                write_tensors(part, state, metadata={'format': 'pt'})
+            else:
+                torch.save(state, part)
+            part.rename(output)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
         raise OSError(f'{output} cannot be written: {one_line(error)}') from error
 
 

@@ -3,9 +3,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..options import PREFIX, shown
+from ..options import PREFIX
 from ..prototypes import unit_rows
 from ..prototypes.nearest import margins
+from ..values import shown
 from .checkpoint import read_checkpoint
 
 __all__ = ['inspect_checkpoint']

@@ -12,7 +12,8 @@ from typing import Any
 import timm
 import yaml
 
-from ..options import PREFIX, PluginOptions, shown
+from ..options import PREFIX, PluginOptions
+from ..values import shown
 from .hooks import plugged_in
 
 __all__ = ['run_script']
