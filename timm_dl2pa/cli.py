@@ -7,6 +7,23 @@ from timm.utils import ParseKwargs
 
 from .version import __version__
 
+# What inputs, disks and devices lead to.
+_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+class _KeyValues(ParseKwargs):
+    """timm's reading of KEY=VALUE arguments, with an error of argparse where one of them is none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Sequence[str],
+                 option_string: str | None = None) -> None:
+        for value in values:
+            if not value.partition('=')[0].isidentifier() or '=' not in value:
+                raise argparse.ArgumentError(self, f'must be KEY=VALUE, such as img_size=64, not {value!r}')
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except Exception as error:  # of a value that is no valid Python expression
+            raise argparse.ArgumentError(self, f'cannot be read ({error}): put texts in quotes') from error
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -91,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fold.add_argument('--use-ema', action='store_true', help='use the averaged weights')
     fold.add_argument('--normalize', action='store_true', help='keep the exact logits, in a classifier of three layers')
     fold.add_argument('--model', metavar='NAME', help='the backbone, if the checkpoint does not name it')
-    fold.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
+    fold.add_argument('--model-kwargs', nargs='*', action=_KeyValues, metavar='KEY=VALUE', default={},
                       help='arguments of the backbone and dl2pa_... options that the checkpoint lacks')
 
     push = commands.add_parser(
@@ -108,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind.add_argument('--folded', action='store_true', help='upload the folded plain timm model')
     push.add_argument('--use-ema', action='store_true', help='use the averaged weights')
     push.add_argument('--model', metavar='NAME', help='the backbone, if the checkpoint does not name it')
-    push.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', default={},
+    push.add_argument('--model-kwargs', nargs='*', action=_KeyValues, metavar='KEY=VALUE', default={},
                       help='arguments of the backbone and dl2pa_... options that the checkpoint lacks')
     push.add_argument('--base-model', metavar='NAME', help='for the card: the model that was fine-tuned')
     push.add_argument('--license', metavar='NAME', help='for the card: the licence of the repository')
@@ -131,21 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line, flush=True)
         except ModuleNotFoundError as error:
             prototypes.exit(2, f'timm-dl2pa prototypes --plot needs {error.name}: pip install "timm-dl2pa[demo]"\n')
-        except (ValueError, OSError, RuntimeError) as error:
+        except _ERRORS as error:
             prototypes.exit(2, f'timm-dl2pa prototypes: {error}\n')
         return 0
     if command == 'fold':
         from .timm_scripts.conversion import fold_checkpoint
         try:
             print(fold_checkpoint(options.pop('checkpoint'), **options))
-        except (ValueError, OSError) as error:
+        except _ERRORS as error:
             fold.exit(2, f'timm-dl2pa fold: {error}\n')
         return 0
     if command == 'push':
         from .timm_scripts.conversion import push_checkpoint
         try:
             print(push_checkpoint(options.pop('checkpoint'), options.pop('repo_id'), **options))
-        except (ValueError, OSError, RuntimeError) as error:
+        except _ERRORS as error:
             push.exit(2, f'timm-dl2pa push: {error}\n')
         return 0
     if command == 'inspect':
@@ -153,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for line in inspect_checkpoint(options['checkpoint'], options['all_classes']):
                 print(line)
-        except (ValueError, OSError) as error:
+        except _ERRORS as error:
             inspect.exit(2, f'timm-dl2pa inspect: {error}\n')
         return 0
     try:
@@ -162,6 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         demo.exit(2, f'timm-dl2pa demo needs {error.name}: pip install "timm-dl2pa[demo]"\n')
     try:
         run_demo(**options)
-    except (ValueError, OSError) as error:
+    except _ERRORS as error:
         demo.exit(2, f'timm-dl2pa demo: {error}\n')
     return 0

@@ -1,11 +1,12 @@
 """Distributed runs: the rank of this process, sums over all processes, and results of rank 0 for all processes."""
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ['add_over_ranks', 'broadcast_from_rank_0', 'is_distributed', 'rank', 'solve_on_rank_0']
+__all__ = ['add_over_ranks', 'is_distributed', 'rank', 'solve_on_rank_0']
 
 T = TypeVar('T')
 
@@ -31,46 +32,53 @@ def add_over_ranks(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def broadcast_from_rank_0(value: T, device: torch.device | None = None) -> T:
-    """Return the value of rank 0 in every process.
-
-    Args:
-        value: An object that can be pickled. Its value matters on rank 0 only.
-        device: The device of the training, from which NCCL sends. Default: the current one.
-
-    Returns:
-        The value of rank 0. Outside a distributed run, `value` itself.
-    """
-    if not is_distributed():
-        return value
-    values: list[Any] = [value]
-    sender = device if device is not None and device.type == 'cuda' else None
-    dist.broadcast_object_list(values, src=0, device=sender)
-    return values[0]
-
-
 def solve_on_rank_0(function: Callable[[], T], device: torch.device | None = None) -> T:
     """Call a function on rank 0 only, and return its result, or raise its error, in every process.
 
-    Rank 0 raises an error only after it has sent it to the other processes, which would otherwise wait forever.
+    Rank 0 raises an error only after it has told the other processes, which would otherwise wait forever.
 
     Args:
         function: Called without arguments on rank 0. Its result must be picklable.
-        device: See `broadcast_from_rank_0`.
+        device: The device of the training, from which NCCL sends. Default: the current one.
 
     Returns:
         The result of the function.
 
     Raises:
-        Exception: The error of the function, in every process.
+        Exception: The error of the function, in every process. Where it cannot be pickled, and where rank 0 was stopped
+            (KeyboardInterrupt, SystemExit), the other processes raise a RuntimeError that names it.
     """
-    result: Any = None
+    if not is_distributed():
+        return function()
+    message, result, error = b'', None, None
     if rank() == 0:
         try:
             result = function()
-        except Exception as error:
-            result = error
-    result = broadcast_from_rank_0(result, device)
-    if isinstance(result, Exception):
-        raise result
-    return result
+            message = pickle.dumps((result, None))
+        except BaseException as caught:
+            error, message = caught, pickle.dumps((None, _as_told(caught)))
+    received, told = pickle.loads(_broadcast(message, device))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return result if rank() == 0 else received
+
+
+def _broadcast(message: bytes, device: torch.device | None) -> bytes:
+    """Return the message of rank 0 in every process."""
+    messages: list[Any] = [message]
+    dist.broadcast_object_list(messages, src=0, device=device if device is not None and device.type == 'cuda' else None)
+    return messages[0]
+
+
+def _as_told(error: BaseException) -> Exception:
+    """Return the exception that the other processes raise for one of rank 0."""
+    if isinstance(error, Exception):
+        try:
+            # Many classes of exceptions are pickled without complaint, and cannot be made again of what was pickled.
+            pickle.loads(pickle.dumps(error))
+            return error
+        except Exception:
+            pass
+    return RuntimeError(f'rank 0 was ended by {type(error).__name__}: {error}')

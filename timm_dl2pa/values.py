@@ -1,8 +1,25 @@
 """Plain Python values of what people give: a number of numpy's or torch's becomes Python's, and its type is checked."""
 import math
+import reprlib
 from typing import Any
 
-__all__ = ['checked_value', 'is_kind', 'plain_value', 'real_number', 'whole_number']
+__all__ = ['checked_value', 'is_kind', 'plain_value', 'real_number', 'shown', 'whole_number']
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
+
+
+def shown(value: Any) -> str:
+    """Return a short text of any value for messages. Files may hold lists of lists whose whole text would never end.
+
+    Example:
+        >>> shown('word'), shown(list(range(100)))
+        ("'word'", '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return f'a huge {type(value).__name__}'
 
 
 def is_kind(value: Any, kinds: type | tuple[type, ...]) -> bool:
@@ -37,7 +54,7 @@ def checked_value(name: str, value: Any, kinds: type | tuple[type, ...]) -> Any:
     value = plain_value(value)
     if not is_kind(value, kinds):
         expected = ' or '.join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ValueError(f'{name} must be {expected}, not {value!r}.')
+        raise ValueError(f'{name} must be {expected}, not {shown(value)}.')
     return value
 
 
@@ -56,16 +73,17 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     """
     number = plain_value(value)
     if not is_kind(number, int):
-        raise ValueError(f'{name} must be a whole number, not {value!r}.{remedy and " " + remedy}')
+        raise ValueError(f'{name} must be a whole number, not {shown(value)}.{remedy and " " + remedy}')
     _check_range(name, number, least, most, remedy)
     return number
 
 
-def real_number(name: str, value: Any, least: float | None = None, most: float | None = None, remedy: str = '') -> float:
+def real_number(name: str, value: Any, least: float | None = None, most: float | None = None, remedy: str = ''
+                ) -> float:
     """Return a number of Python, numpy or torch that is not NaN as a float. See `whole_number`."""
     number = plain_value(value)
     if not is_kind(number, (int, float)) or math.isnan(number):
-        raise ValueError(f'{name} must be a number, not {value!r}.{remedy and " " + remedy}')
+        raise ValueError(f'{name} must be a number, not {shown(value)}.{remedy and " " + remedy}')
     _check_range(name, number, least, most, remedy)
     return float(number)
 

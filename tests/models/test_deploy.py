@@ -6,9 +6,11 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import apply_test_time_pool
 from timm.models import FeatureListNet
 from timm.models._features import FeatureDictNet, FeatureHookNet
 from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
+from timm.utils import reparameterize_model
 
 from timm_dl2pa import DL2PAHead, fold_dl2pa, wrap_dl2pa
 from timm_dl2pa.timm_scripts import plugged_in
@@ -58,6 +60,22 @@ def test_onnx_with_any_batch_size(both, folded, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
     logits, = session.run(None, {'images': images(5).numpy()})
     assert torch.allclose(torch.from_numpy(logits), model(images(5)), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['test_resnet', 'dla46_c'])
+def test_exact_folds_go_through_all_exporters(name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = wrap_dl2pa(timm.create_model(name, num_classes=CLASSES), 4).eval().requires_grad_(False)
+    folded = fold_dl2pa(model, normalize=True)
+    torch.onnx.export(folded, (images(),), str(tmp_path / 'model.onnx'), dynamo=False, input_names=['images'],
+                      dynamic_axes={'images': {0: 'batch'}})
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
+    expected = model(images(5))
+    for logits in (torch.from_numpy(session.run(None, {'images': images(5).numpy()})[0]),
+                   torch.jit.trace(folded, images())(images(5)), torch.jit.script(folded)(images(5)),
+                   torch.export.export(folded, (images(5),)).module()(images(5))):
+        assert torch.allclose(logits, expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -142,3 +160,32 @@ def test_pickles_and_copies_are_complete():
         assert torch.equal(twin(images()), model(images())) and twin.get_classifier() is twin.fc is not model.fc
         twin.reset_classifier(7)
         assert twin.fc.num_classes == 7 and model.fc.num_classes == 5 and model(images()).shape == (2, 5)
+
+
+# Classifiers that timm fuses: around the heads (RepViT has two), before them (LeViT's batch norm), and none.
+@pytest.mark.parametrize('name, kwargs', [('repvit_m0_9', {}), ('levit_128s', dict(img_size=32)), ('repvgg_a0', {})])
+def test_reparameterization_leaves_the_heads_alone(name, kwargs):
+    model = wrap_dl2pa(timm.create_model(name, num_classes=CLASSES, **kwargs), 4).eval().requires_grad_(False)
+    expected = model(images())
+    fused = [reparameterize_model(model), reparameterize_model(pickle.loads(pickle.dumps(model)))]
+    if hasattr(model, 'fuse'):
+        fused.append(copy.deepcopy(model).fuse())
+    for each in fused:
+        assert len(list(each.modules())) < len(list(model.modules()))
+        assert torch.allclose(each(images()), expected, atol=1e-4)
+        heads = each.get_classifier()
+        assert all(isinstance(head, DL2PAHead) for head in (heads if isinstance(heads, tuple) else (heads,)))
+    # A folded model is timm's again: its classifier is fused too.
+    plain = fold_dl2pa(model, images=images())
+    fused = reparameterize_model(plain)
+    assert torch.allclose(fused(images()), plain(images()), rtol=1e-3, atol=1e-3 * plain(images()).abs().max().item())
+    assert isinstance(fused.head if hasattr(fused.head, 'weight') else fused.get_classifier(), torch.nn.Linear)
+
+
+def test_test_time_pooling_takes_folded_models():
+    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=CLASSES), 4).eval()
+    larger = dict(input_size=(3, 288, 288))
+    with pytest.raises(AttributeError, match=r'--test-pool.*fold the model first'):
+        apply_test_time_pool(model, larger)
+    pooled, applied = apply_test_time_pool(fold_dl2pa(model), larger)
+    assert applied and pooled(torch.randn(1, 3, 288, 288)).shape == (1, CLASSES)

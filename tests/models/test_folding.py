@@ -159,7 +159,7 @@ def test_command_folds_a_training(tmp_path, capsys):
     assert torch.equal(without_us(tmp_path / 'plain.pth', images, tmp_path, 5).argmax(1), model(images).argmax(1))
 
     main([*arguments, str(tmp_path / 'exact.safetensors'), '--normalize', *options])
-    assert load_file(tmp_path / 'exact.safetensors')['fc.0.weight'].shape[0] == 3
+    assert load_file(tmp_path / 'exact.safetensors')['fc.0.weight'].shape[0] == 4  # d + 1
     for wrong, message in [([str(tmp_path / 'plain.pth')], 'exists already'),
                            ([str(tmp_path / 'x.pth'), '--use-ema'], 'no averaged weights'),
                            ([str(tmp_path / 'x.pth'), '--model', 'test_vit'], "does not fit 'test_vit'")]:

@@ -1,11 +1,17 @@
 """`timm-dl2pa run`: the options among a script's flags."""
 import ast
+import os
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 import timm.models._factory as factory
 
+import timm_dl2pa
+from tests.helpers import processes
 from timm_dl2pa.cli import main
+from timm_dl2pa.timm_scripts.run import run_script
 
 pytestmark = pytest.mark.timm
 
@@ -113,10 +119,15 @@ def test_a_scripts_error_is_its_own_and_leaves_nothing_behind(start):
     (['--dl2pa-dim', 'three', 'SCRIPT'], "dl2pa_dim must be int, not 'three'"),
     (['--dl2pa-dimm', '3', 'SCRIPT'], '--dl2pa-dimm: no such'),
     (['--dl2pa-loss', 'cosine', 'SCRIPT'], 'dl2pa_loss must be one of'),
+    (['--dl2pa-dim', '3', 'SCRIPT', '--config', 'nowhere.yaml'], "No such file or directory: 'nowhere.yaml'"),
+    (['--dl2pa-dim', '3', 'SCRIPT', '--config', 'CONFIG'], 'model_kwargs must be a mapping'),
+    (['--dl2pa-dim', '3', 'SCRIPT', '--config', 'SCRIPT'], 'is not YAML'),
 ])
-def test_arguments_that_are_no_good(start, capsys, arguments, said):
+def test_arguments_that_are_no_good(start, capsys, tmp_path, arguments, said):
+    config = tmp_path / 'list.yaml'
+    config.write_text('model_kwargs: [dl2pa_dim=3]')
     with pytest.raises(SystemExit) as stopped:
-        start(WITH_KWARGS, *arguments)
+        start(WITH_KWARGS, *(str(config) if word == 'CONFIG' else word for word in arguments))
     assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -128,3 +139,44 @@ def test_help_shows_the_scripts_flags_and_ours(start, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['run', '--help'])
     assert stopped.value.code == 0 and '--dl2pa-interval' in capsys.readouterr().out
+
+
+# A timm of another folder, with the modules of the installed one.
+OTHER_TIMM = f'''
+__path__ = [{str(Path(timm.__file__).parent)!r}]
+with open({timm.__file__!r}) as file:
+    exec(file.read())
+'''
+WHICH_TIMM = '''
+import sys, timm
+print('RESULT', (timm.__file__, sys.argv[1:]))
+'''
+
+
+def put_timm(folder):
+    (folder / 'timm').mkdir(parents=True)
+    (folder / 'timm' / '__init__.py').write_text(OTHER_TIMM)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_timm_in_the_scripts_folder_comes_before_all_others(tmp_path):
+    """Also before that of the working directory, and where PYTHONPATH cannot name the folder."""
+    script = put_timm(tmp_path / 'with:colon') / 'script.py'
+    script.write_text(WHICH_TIMM)
+    command = [sys.executable, '-m', 'timm_dl2pa', 'run', str(script), '--x', 'y']
+    root = str(Path(timm_dl2pa.__file__).parents[1])
+    out = processes.run(command, cwd=put_timm(tmp_path / 'here'), environment={'PYTHONPATH': root}).stdout
+    expected = str(script.parent / 'timm' / '__init__.py'), ['--x', 'y']
+    assert ast.literal_eval(out.partition('RESULT ')[2]) == expected
+
+
+def test_a_restart_starts_no_other(tmp_path, monkeypatch, capsys):
+    script = put_timm(tmp_path) / 'script.py'
+    script.write_text(WHICH_TIMM)
+    started = []
+    monkeypatch.setattr(os, 'execv', lambda *arguments: started.append(arguments))
+    with pytest.raises(SystemExit) as stopped:
+        run_script([str(script)], is_restarted=True)
+    assert stopped.value.code == 2 and not started
+    assert 'needs the timm in its folder, but' in capsys.readouterr().err

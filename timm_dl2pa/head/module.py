@@ -362,10 +362,13 @@ class DL2PAHead(SavedModule, nn.Module):
         self._stamps = buffer_stamps(self)
 
     def __getattr__(self, name: str) -> Any:
-        # timm's --head-init-scale and --head-init-bias, and other code for linear classifiers, look for these two.
+        # timm's --head-init-scale, --head-init-bias and --test-pool, and other code for linear classifiers, look for
+        # these two.
         if name in ('weight', 'bias'):
             raise AttributeError(f'a DL2PAHead has no {name}: its class vectors are fixed prototypes, so that there is '
-                                 f'nothing to initialise or scale (--head-init-scale, --head-init-bias).')
+                                 f'nothing to initialise or scale (--head-init-scale, --head-init-bias). For what '
+                                 f'needs a linear classifier (--test-pool), fold the model first: timm-dl2pa fold, or '
+                                 f'fold_dl2pa.')
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from ..head import DL2PAHead, heads_of
+from .reparameterization import fuse_everything
 from .wrapping import RemovedLinear, record_registry_entry, set_module, unregistered_tensors
 
 __all__ = ['fold_dl2pa']
@@ -72,6 +73,7 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
             set_module(head.before, removed, layer)
             layer = head.before
         set_module(folded, path, layer)
+    fuse_everything(folded)
     if images is not None:
         folded.fold_agreement = (_evaluate(folded, images).argmax(1) == expected.argmax(1)).float().mean().item()
     return folded
@@ -151,9 +153,25 @@ def _fold_to_linear(head: DL2PAHead, length: float) -> nn.Module:
 def _fold_exactly(head: DL2PAHead, _: float) -> nn.Sequential:
     """Return a linear layer, the normalisation and another linear layer."""
     weight, bias = _neck_as_linear(head)
-    # RMSNorm is sqrt(d) z / |z|. Its eps amounts to 1e-12 on |z|^2; the head treats lengths below 1e-6 as zero.
-    norm = nn.RMSNorm(head.dim, eps=1e-12 / head.dim, elementwise_affine=False)
-    layers = [_linear_layer(weight, bias), norm, _linear_layer(_class_vectors(head) / head.dim ** 0.5, None)]
+    # Layer norm makes rows whose mean is zero sqrt(d + 1) long. All exporters know it, which is not so of RMS norm. Its
+    # eps amounts to 1e-18 on |z|^2, nothing to the shortest embeddings that the head takes for more than zero (1e-6).
+    isometry = _zero_mean_isometry(weight)
+    width = head.dim + 1
+    norm = nn.LayerNorm(width, eps=1e-18 / width, elementwise_affine=False)
+    vectors = _class_vectors(head) @ isometry.T / width ** 0.5
+    layers = [_linear_layer(isometry @ weight, isometry @ bias), norm, _linear_layer(vectors, None)]
     if head.channels_first:
         layers = [nn.Flatten(1), *layers, nn.Unflatten(1, (head.num_classes, 1, 1))]
     return nn.Sequential(*layers)
+
+
+def _zero_mean_isometry(like: torch.Tensor) -> torch.Tensor:
+    """Return a matrix (d + 1, d) with orthonormal columns of mean zero, for a matrix (d, ...) of the same kind.
+
+    It is the part of a reflection that maps the last axis to the direction (1, ..., 1).
+    """
+    width = len(like) + 1
+    normal = like.new_full((width,), width ** -0.5)
+    normal[-1] -= 1
+    return torch.eye(width, dtype=like.dtype, device=like.device)[:, :-1] \
+        - 2 / normal.dot(normal) * normal[:, None] * normal[:-1]

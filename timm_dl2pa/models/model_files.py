@@ -33,7 +33,7 @@ from ..values import is_kind
 from ..version import __version__
 from .wrapping import REGISTRY_NAME, backbone_name, registry_options, wrap_dl2pa
 
-__all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'read_model']
+__all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'names_weights', 'read_model']
 
 # The key of this package's part of timm's config, and the number of its format.
 _KEY = 'timm_dl2pa'
@@ -174,6 +174,15 @@ def check_backbone(name: Any) -> None:
         raise ValueError(f'{PREFIX}backbone must be a name in timm\'s registry (see timm.list_models()), not {name!r}.')
 
 
+def names_weights(name: str) -> bool:
+    """Return whether an argument of `timm.create_model` of that name could name weights, or make no classifier.
+
+    Args:
+        name: The name of the argument.
+    """
+    return name in _REFUSED_ARGUMENTS or name.startswith('pretrained')
+
+
 def check_backbone_arguments(arguments: dict[str, Any]) -> None:
     """Check that the arguments of a backbone name no weights: a downloaded config must not load any other file.
 
@@ -183,7 +192,7 @@ def check_backbone_arguments(arguments: dict[str, Any]) -> None:
     Raises:
         ValueError: One of the arguments concerns weights.
     """
-    refused = sorted(name for name in arguments if name in _REFUSED_ARGUMENTS or name.startswith('pretrained'))
+    refused = sorted(filter(names_weights, arguments))
     if refused:
         raise ValueError(f'{refused[0]}={arguments[refused[0]]!r} cannot be among the arguments of a saved model: its '
                          f'weights must be those beside its {CONFIG_NAME}.')

@@ -15,6 +15,7 @@ from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
 from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
 from ..recipes import DEFAULT_RECIPE
+from .reparameterization import fuse_around_heads
 
 __all__ = ['REGISTRY_NAME', 'RemovedLinear', 'backbone_name', 'record_registry_entry', 'registry_options',
            'replace_classifiers', 'set_module', 'unregistered_tensors', 'wrap_dl2pa']
@@ -224,6 +225,7 @@ def replace_classifiers(
                 set_module(classifier, slot.linear, RemovedLinear())
     for path, head in heads.items():
         set_module(model, path, head)
+    fuse_around_heads(model)
     main = next(iter(heads.values()))
     if model.num_classes != main.num_classes:
         model.label_names = None

@@ -11,7 +11,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from ..assignment import align_prototypes
-from ..distributed import add_over_ranks, broadcast_from_rank_0, rank
+from ..distributed import add_over_ranks, rank, solve_on_rank_0
 from ..head import DL2PAHead, heads_of
 from .scheduler import AssignmentScheduler
 from .targets import shares_of
@@ -126,14 +126,15 @@ class Primer:
         if not seen.all():
             warnings.warn(f'{(~seen).sum()} of {len(seen)} classes had no images (the first is class '
                           f'{np.flatnonzero(~seen)[0]}): they get the prototypes that are left.', stacklevel=3)
-        if head.config.neck == 'none':
+
+        def answer() -> tuple[torch.Tensor, torch.Tensor, float]:
+            if head.config.neck != 'none':
+                return _fit(means, covariance, head.prototypes)
             # There is no neck that could subtract the centre.
             aligned = align_prototypes(_unit_rows(means + np.where(seen[:, None], centre, 0.0)), head.prototypes)
-            answer = aligned.assignment, aligned.prototypes, aligned.objective / seen.sum()
-        else:
-            answer = _fit(means, covariance, head.prototypes)
-        # The sums are equal on every process, but processors may differ in the last bit.
-        assignment, prototypes, explained = broadcast_from_rank_0(answer, head.prototypes.device)
+            return aligned.assignment, aligned.prototypes, aligned.objective / seen.sum()
+
+        assignment, prototypes, explained = solve_on_rank_0(answer, head.prototypes.device)
         for head, solution in zip(self.heads, solutions):
             head.assign(assignment, prototypes)
             if head.config.neck != 'none':

@@ -5,15 +5,16 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
-from timm.models import clean_state_dict
 
 from ..files.card import Training
-from ..files.folder import CONFIG_NAME
-from ..head import head_prefixes, heads_of
+from ..files.folder import CONFIG_NAME, new_folder
+from ..head import heads_of
 from ..models import backbone_name, fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, wrap_dl2pa
+from ..models.model_files import names_weights
 from ..options import PREFIX, PluginOptions
-from .inspection import read_checkpoint
+from ..prototypes.files import staging_folder, write_tensors
+from ..values import shown
+from .checkpoint import Checkpoint, one_line, read_checkpoint
 from .record import class_means_of, metrics_of, read_training
 
 __all__ = ['fold_checkpoint', 'load_wrapped', 'push_checkpoint']
@@ -27,6 +28,9 @@ def load_wrapped(
         use_ema: bool = False,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """Load the DL2PA model of a checkpoint, in evaluation mode. No prototypes are computed.
+
+    The weights are the checkpoint's alone: what its script arguments say of other weights is ignored, and a backbone
+    that they name must be in timm's registry.
 
     Args:
         path: A checkpoint of timm's train.py, a state dict, a safetensors file, or a folder of `save_model`.
@@ -51,34 +55,42 @@ def load_wrapped(
                      if name != 'num_classes' and not name.startswith(PREFIX)}
         return wrapped, backbone_name(wrapped).partition('.')[0], arguments
     checkpoint = read_checkpoint(path)
-    if use_ema and 'state_dict_ema' not in checkpoint:
+    if use_ema and checkpoint.averaged_state is None:
         raise ValueError(f'{path} has no averaged weights (state_dict_ema): leave --use-ema out.')
-    state = clean_state_dict(checkpoint['state_dict_ema' if use_ema else 'state_dict'])
-    prefix = next(iter(head_prefixes(state)), None)
-    if prefix is None:
-        raise ValueError(f'{path} has no DL2PA head: its tensors include no prototypes with an assignment.')
-    script_args = checkpoint.get('args')
-    arguments: dict[str, Any] = {'in_chans': getattr(script_args, 'in_chans', None),
-                                 'global_pool': getattr(script_args, 'gp', None),
-                                 **(getattr(script_args, 'model_kwargs', None) or {}), **(model_kwargs or {})}
-    backbone = arguments.pop('dl2pa_backbone', None)
-    name = model or backbone or getattr(script_args, 'model', None)
+    state = checkpoint.averaged_state if use_ema else checkpoint.state
+    prefix, (prototypes, assignment) = next(iter(checkpoint.heads(use_ema).items()))
+    arguments = {**_model_arguments(checkpoint), **(model_kwargs or {})}
+    recorded = arguments.pop('dl2pa_backbone', None) or getattr(checkpoint.args, 'model', None)
+    name = model or recorded
     if not name:
         raise ValueError(f'{path} does not name its backbone: give --model.')
+    if not model and not (isinstance(name, str) and timm.is_model(name)):
+        raise ValueError(f"{path} names the backbone {shown(name)}, which is not in timm's registry: give --model, "
+                         f'also if it is that one.')
     options = PluginOptions.take(arguments) or PluginOptions()
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    prototypes, classes = state[prefix + 'prototypes'], len(state[prefix + 'assignment'])
     head = options.head_arguments()
     head.update(dim=prototypes.shape[1], num_prototypes=None, prototypes=prototypes,
                 learn_scale=prefix + 'log_scale' in state)
     try:
         with torch.random.fork_rng(devices=[]):
-            wrapped = wrap_dl2pa(timm.create_model(name, num_classes=classes, **arguments), **head)
+            wrapped = wrap_dl2pa(timm.create_model(name, num_classes=len(assignment), **arguments), **head)
         wrapped.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f'{path} does not fit {name!r} with {arguments or "no arguments"} and the head of '
-                         f'{PREFIX}neck={options.neck!r}: {error}. Give --model and --model-kwargs.') from error
+    except OSError:
+        raise
+    except Exception as error:  # timm's models raise whatever their arguments lead to
+        raise ValueError(f'{path} does not fit {name!r} with {shown(arguments) if arguments else "no arguments"} and '
+                         f'the head of {PREFIX}neck={options.neck!r}: {one_line(error)} Give --model and '
+                         f'--model-kwargs.') from error
     return wrapped.eval(), name, arguments
+
+
+def _model_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the arguments of the script say of the model, without what concerns weights."""
+    arguments = {'in_chans': getattr(checkpoint.args, 'in_chans', None),
+                 'global_pool': getattr(checkpoint.args, 'gp', None), **checkpoint.model_kwargs}
+    return {name: value for name, value in arguments.items()
+            if name != 'num_classes' and not names_weights(name)}
 
 
 def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = False, **source: Any) -> str:
@@ -96,6 +108,7 @@ def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = F
     Raises:
         FileNotFoundError: The checkpoint does not exist.
         FileExistsError: The output exists already.
+        OSError: The output cannot be written. There is no part of it then.
         ValueError: See `load_wrapped` and `fold_dl2pa`.
     """
     output = Path(output)
@@ -108,16 +121,25 @@ def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = F
                          f'order of the classes only approximately: use --normalize, or fold_dl2pa with images, which '
                          f'measures the agreement.')
     plain = fold_dl2pa(model, normalize=normalize)
-    state = {key: value.contiguous().clone() for key, value in plain.state_dict().items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == '.safetensors':
-        save_file(state, output, metadata={'format': 'pt'})
-    else:
-        torch.save(state, output)
+    _write_state({key: value.contiguous().clone() for key, value in plain.state_dict().items()}, output)
     if normalize:
         return f'{output}: {name}, {classes} classes, with a classifier of three layers, which timm alone cannot load.'
     given = ''.join(f', {key}={value!r}' for key, value in arguments.items())
     return f'{output}: timm.create_model({name!r}, num_classes={classes}{given}, checkpoint_path={str(output)!r})'
+
+
+def _write_state(state: dict[str, torch.Tensor], output: Path) -> None:
+    """Write a state dict to a new file, which is there only when it is complete."""
+    try:
+        with new_folder(output.parent) as folder, staging_folder(folder) as stage:
+            part = stage / 'state'
+            if output.suffix == '.safetensors':
+                write_tensors(part, state, metadata={'format': 'pt'})
+            else:
+                torch.save(state, part)
+            part.rename(output)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
+        raise OSError(f'{output} cannot be written: {one_line(error)}') from error
 
 
 def push_checkpoint(
@@ -158,14 +180,13 @@ def push_checkpoint(
     path = Path(path)
     if path.is_file():
         checkpoint = read_checkpoint(path)
-        training = read_training(path, checkpoint)
+        training = read_training(checkpoint)
         if training != Training():
             upload.setdefault('training', training)
         upload.setdefault('metrics', metrics_of(training, checkpoint, use_ema))
         upload.setdefault('class_means', class_means_of(checkpoint))
-        script_args = checkpoint.get('args')
         weights = wrapped.pretrained_cfg.get('hf_hub_id') or ''
-        is_pretrained = getattr(script_args, 'pretrained', None)
+        is_pretrained = getattr(checkpoint.args, 'pretrained', None)
         if is_pretrained and weights.startswith('timm/') and upload.get('base_model') is None:
             upload['base_model'] = weights
         if is_pretrained is False and upload.get('license') is None:

@@ -13,11 +13,15 @@ import timm
 import yaml
 
 from ..options import PREFIX, PluginOptions
+from ..values import shown
 from .hooks import plugged_in
 
 __all__ = ['run_script']
 
 _FLAG = '--model-kwargs'
+# The program of a restart. Its arguments are the import path and the arguments of the command.
+_RESTART = 'import ast, sys; sys.path[:] = ast.literal_eval(sys.argv[1]); ' \
+           'from timm_dl2pa.timm_scripts.run import run_script; run_script(sys.argv[2:], is_restarted=True)'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +50,7 @@ def _help(spec: Field) -> str:
     return (spec.metadata['help'] + default).replace('%', '%%')
 
 
-def run_script(arguments: Sequence[str]) -> None:
+def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
     """Run a script of timm with the plugin installed, with `sys.argv` and `sys.path` as Python sets them for a script.
 
     The options are passed in the script's `--model-kwargs`, together with those on the command line or in its
@@ -54,10 +58,11 @@ def run_script(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: The arguments of the command: DL2PA options, the path of the script, and its arguments.
+        is_restarted: Whether this process was started by this function, so that it does not start another one.
 
     Raises:
-        SystemExit: Raised by the script; or with the status 2 and a line on stderr if the script does not exist or an
-            option is invalid.
+        SystemExit: Raised by the script; or with the status 2 and a line on stderr if the script or its config file
+            cannot be read, an option is invalid, or the timm in the script's folder cannot be imported.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(list(arguments))
@@ -75,15 +80,18 @@ def run_script(arguments: Sequence[str]) -> None:
     except ValueError as error:
         parser.exit(2, f'timm-dl2pa run: {error}\n')
 
-    _use_adjacent_timm(script, arguments)
-    text = script.read_text(encoding='utf-8', errors='replace')
     first_model = None
-    if given and 'create_model' not in text:
-        print(f'timm-dl2pa run: {script.name} makes no model: the DL2PA options have no effect.', file=sys.stderr)
-    elif given and _FLAG in text:
-        argv = _with_model_kwargs(argv, given)
-    elif given:
-        first_model = plugin_options
+    try:
+        _use_adjacent_timm(script, arguments, is_restarted)
+        text = script.read_text(encoding='utf-8', errors='replace')
+        if given and 'create_model' not in text:
+            print(f'timm-dl2pa run: {script.name} makes no model: the DL2PA options have no effect.', file=sys.stderr)
+        elif given and _FLAG in text:
+            argv = _with_model_kwargs(argv, given)
+        elif given:
+            first_model = plugin_options
+    except (ValueError, OSError) as error:
+        parser.exit(2, f'timm-dl2pa run: {error}\n')
 
     original = sys.argv, list(sys.path)
     sys.argv = [str(script), *argv]
@@ -99,21 +107,29 @@ def run_script(arguments: Sequence[str]) -> None:
             print(parser.format_help().partition('\n\n')[2].partition('\n\n')[2], end='')
 
 
-def _use_adjacent_timm(script: Path, arguments: Sequence[str]) -> None:
+def _use_adjacent_timm(script: Path, arguments: Sequence[str], is_restarted: bool) -> None:
     """Restart this command with the timm in the script's folder, if there is one and another one was imported.
 
     In a checkout of timm's repository, `python train.py` uses the checkout's timm, which the script was written for.
     This command has imported the installed timm by then.
+
+    Args:
+        script: The path of the script.
+        arguments: The arguments of the command.
+        is_restarted: Whether this process is such a restart already.
+
+    Raises:
+        ValueError: The restart has imported another timm too.
     """
     folder = script.resolve().parent
     adjacent = folder / 'timm' / '__init__.py'
-    if adjacent.is_file() and not adjacent.samefile(timm.__file__):
-        path = os.pathsep.join(filter(None, [str(folder), os.environ.get('PYTHONPATH')]))
-        if os.environ.get('PYTHONPATH') == path:
-            raise SystemExit(f'timm-dl2pa run: {script} needs the timm in its folder, but {timm.__file__} precedes it '
-                             f'in the import path.')
-        command = [sys.executable, '-m', 'timm_dl2pa', 'run', *arguments]
-        os.execve(sys.executable, command, {**os.environ, 'PYTHONPATH': path})
+    if not adjacent.is_file() or adjacent.samefile(timm.__file__):
+        return
+    if is_restarted:
+        raise ValueError(f'{script} needs the timm in its folder, but {timm.__file__} is imported in its place: '
+                         f'uninstall that one, or move the script.')
+    # PYTHONPATH cannot hold a folder with a colon in its name, and comes after the working directory of `python -m`.
+    os.execv(sys.executable, [sys.executable, '-c', _RESTART, repr([str(folder), *sys.path]), *arguments])
 
 
 def _parse_value(value: str) -> Any:
@@ -128,10 +144,10 @@ def _quoted(value: str) -> str:
     """Return a value in quotes if it is not a Python expression ('2 epochs'): older timm refuses it without."""
     try:
         ast.literal_eval(value)
-    except SyntaxError:
-        return repr(value)
     except ValueError:
         pass  # a word, which timm takes as text
+    except (SyntaxError, TypeError, MemoryError, RecursionError):
+        return repr(value)
     return value
 
 
@@ -159,9 +175,26 @@ def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
             kept.append(word)
     path = config.parse_known_args(kept)[0].config
     if path and not from_command_line:
-        with open(path, encoding='utf-8') as file:
-            values = (yaml.safe_load(file) or {}).get('model_kwargs') or {}
+        values = _config_model_kwargs(path)
         kwargs = [f'{name}={value}' if isinstance(value, str) else f'{name}={value!r}'
                   for name, value in values.items() if name not in given]
     kwargs = [word for word in kwargs if word.partition('=')[0] not in given]
     return [*kept, _FLAG, *kwargs, *(f'{name}={_quoted(value)}' for name, value in given.items()), *tail]
+
+
+def _config_model_kwargs(path: str) -> dict[str, Any]:
+    """Return the `model_kwargs` of a script's config file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a mapping in YAML, or its model_kwargs are not one.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f'--config {path} is not YAML: {str(error).splitlines()[0]}.') from error
+    values = (config.get('model_kwargs') or {}) if isinstance(config, dict) else config or {}
+    if not isinstance(values, dict):
+        raise ValueError(f'--config {path}: model_kwargs must be a mapping (model_kwargs: {{drop_rate: 0.1}}), not '
+                         f'{shown(values)}.')
+    return values

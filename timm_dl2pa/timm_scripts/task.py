@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
-from ..distributed import broadcast_from_rank_0
+from ..distributed import solve_on_rank_0
 from ..head import heads_of
 from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
 from ..scheduling import AssignmentScheduler, AssignmentUpdate, Duration, Primer
@@ -169,8 +169,8 @@ class DL2PATask(TrainingTask):
             raise ValueError('the rows of the targets do not sum to one: they are multi-label targets, which have no '
                              'meaning for a DL2PA head. Leave out the dl2pa_... options.')
         # Only rank 0 has the checkpoint saver, which knows the script's arguments.
-        self._merge_interval, self._script_epochs = broadcast_from_rank_0(
-            (self._merge_interval, self._script_epochs), self.dl2pa_heads[0].prototypes.device)
+        self._merge_interval, self._script_epochs = solve_on_rank_0(
+            lambda: (self._merge_interval, self._script_epochs), self.dl2pa_heads[0].prototypes.device)
         if self._script_epochs is not None:
             self.assignment_scheduler.clock.total = f'{self._script_epochs} epochs'
         self._first_batch_checked = True
