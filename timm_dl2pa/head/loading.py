@@ -62,8 +62,13 @@ def check_state(
             loaded['scale'] = given['scale'].float()
             # The config goes on telling how to build this head.
             config = replace(config, scale=float(given['scale']))
-        if 'log_scale' in given and not math.isfinite(float(given['log_scale'])):
-            raise ValueError(f'log_scale must be finite, not {float(given["log_scale"])}.')
+        if 'log_scale' in given and not math.isfinite(_number(given['log_scale'])):
+            raise ValueError(f'log_scale must be finite, not {_number(given["log_scale"])}.')
     except ValueError as error:
         raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
     return loaded, config
+
+
+def _number(tensor: torch.Tensor) -> float:
+    """Return the number in a tensor (1,); of one that FSDP2 has sharded, on every process."""
+    return float(tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor)

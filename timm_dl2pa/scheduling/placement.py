@@ -185,8 +185,10 @@ class PlacedWarmup(Warmup):
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Move the prototypes by a batch. See `Warmup.add`."""
         head = self.heads[0]
-        vectors = self.placement.to(embeddings.device).moved(
-            head.class_prototypes, embeddings, targets, head.current_scale().detach())
+        scale = head.training_view.scale
+        if scale is None:  # no forward came: the embeddings are given
+            scale = head.current_scale().detach()
+        vectors = self.placement.to(embeddings.device).moved(head.class_prototypes, embeddings, targets, scale)
         for head in self.heads:
             head.move_class_prototypes(vectors)
 
