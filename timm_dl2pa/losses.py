@@ -4,7 +4,7 @@ import warnings
 import torch
 import torch.nn as nn
 
-from .head import DL2PAHead
+from .head import DL2PAHead, plain_tensor
 
 __all__ = ['BalancedSoftmaxLoss', 'DotRegressionLoss', 'SquaredCosineLoss']
 
@@ -81,6 +81,7 @@ class _PrototypeLoss(nn.Module):
             output: What the head returned: logits (B, C), or embeddings (B, d).
             targets: Class indices (B,), or soft targets (B, C).
         """
+        output, targets = plain_tensor(output), plain_tensor(targets)
         cosines = self._cosines(output, targets)
         if not self._needs_cross_entropy():
             return self._reduce(self.weight * self._per_sample(cosines, targets))
@@ -172,7 +173,7 @@ class DotRegressionLoss(_PrototypeLoss):
         squared = (1.0 - cosines).square()
         if targets.ndim == 1:
             targets, ones = targets.long(), torch.ones_like(squared)
-            counts = torch.zeros(self.head.num_classes, device=squared.device).index_add_(0, targets, ones)
+            counts = squared.new_zeros(self.head.num_classes).index_add_(0, targets, ones)
             return 0.5 * self._squared_lengths(counts, len(targets))[targets] * squared
         shares = targets.to(squared.dtype)
         shares = shares - shares.amin(dim=1, keepdim=True)
@@ -221,7 +222,7 @@ class BalancedSoftmaxLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, not {reduction!r}.')
         self.counting = class_counts is None
-        counts = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts).float()
+        counts = torch.as_tensor([1.0] * num_classes if class_counts is None else class_counts).float()
         if counts.shape != (num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
             raise ValueError(f'class_counts must be {num_classes} positive numbers: count a class without samples as '
                              f'1.')
@@ -238,6 +239,7 @@ class BalancedSoftmaxLoss(nn.Module):
         Raises:
             ValueError: The shapes do not fit.
         """
+        logits, targets = plain_tensor(logits), plain_tensor(targets)
         classes = len(self.class_counts)
         if logits.ndim != 2 or logits.shape[1] != classes or targets.shape not in ((len(logits),), logits.shape):
             raise ValueError(f'logits must be (B, {classes}) and targets (B,) or (B, {classes}), not '

@@ -1,6 +1,6 @@
 """The head: its config, neck, arithmetic in float32, training view, and the checked loading of a state dict."""
 from .config import DL2PAConfig, default_scale
-from .finding import heads_of
+from .finding import heads_of, left_out_by_peft
 from .loading import head_prefixes
 from .module import DL2PAHead
 from .neck import NECKS, load_neck
@@ -8,6 +8,6 @@ from .numerics import plain_tensor
 from .view import TrainingView
 
 __all__ = ['NECKS', 'DL2PAConfig', 'DL2PAHead', 'TrainingView', 'default_scale', 'head_prefixes', 'heads_of',
-           'load_head', 'load_neck', 'plain_tensor']
+           'left_out_by_peft', 'load_head', 'load_neck', 'plain_tensor']
 
 load_head = DL2PAHead.from_pretrained

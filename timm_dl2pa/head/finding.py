@@ -1,11 +1,11 @@
-"""`heads_of`: the DL2PA heads of a model that are in use."""
+"""The DL2PA heads of a model that are in use, also where PEFT keeps several versions of one."""
 from collections.abc import Iterator
 
 import torch.nn as nn
 
 from .module import DL2PAHead
 
-__all__ = ['heads_of']
+__all__ = ['heads_of', 'left_out_by_peft']
 
 
 def heads_of(model: nn.Module) -> list[DL2PAHead]:
@@ -20,10 +20,22 @@ def heads_of(model: nn.Module) -> list[DL2PAHead]:
     return sorted(heads, key=lambda head: head.auxiliary)
 
 
+def left_out_by_peft(model: nn.Module) -> list[str]:
+    """Return the paths of the heads that PEFT does not save with its adapters; none outside of a PEFT model."""
+    if not hasattr(model, 'peft_config'):
+        return []
+    kept = {part for module in model.modules() if _has_versions(module) for part in module.modules()}
+    return [path for path, module in model.named_modules() if isinstance(module, DL2PAHead) and module not in kept]
+
+
+def _has_versions(module: nn.Module) -> bool:
+    return {'original_module', 'modules_to_save'} <= dict(module.named_children()).keys()
+
+
 def _unused_versions(module: nn.Module) -> Iterator[nn.Module]:
-    children = dict(module.named_children())
-    if not {'original_module', 'modules_to_save'} <= children.keys():
+    if not _has_versions(module):
         return
+    children = dict(module.named_children())
     adapters = [] if module.disable_adapters else module.active_adapters
     versions = dict(children['modules_to_save'].named_children())
     used = next((versions[name] for name in adapters if name in versions), children['original_module'])

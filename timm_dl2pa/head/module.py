@@ -174,7 +174,7 @@ class DL2PAHead(SavedModule, nn.Module):
         with torch.random.fork_rng(devices=[]):
             head = cls.from_config(config, torch.eye(config.dim)[:1].expand(config.num_prototypes, -1))
         head.load_state_dict(tensors, assign=True)
-        if not config.learn_scale and float(tensors['scale']) != torch.tensor(config.scale).item():
+        if not config.learn_scale and float(tensors['scale']) != torch.tensor(config.scale, dtype=torch.float32).item():
             raise ValueError(f'scale is {float(tensors["scale"])} in the tensors, and {config.scale} in the config.')
         head.config = config  # to the digit, where the buffer is rounded
         return head

@@ -61,6 +61,7 @@ def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor without the Python subclass that a framework gave it (fastai's TensorBase, torchvision's
     tv_tensors): two such subclasses refuse to meet in one operation. Those that are more than a name, such as DTensor,
     stay as they are."""
-    if type(tensor) is torch.Tensor or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    kind = type(tensor)
+    if kind is torch.Tensor or getattr(kind, '__torch_dispatch__', None) is not torch.Tensor.__torch_dispatch__:
         return tensor
     return tensor.as_subclass(torch.Tensor)

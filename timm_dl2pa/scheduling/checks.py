@@ -1,11 +1,12 @@
 """What an AssignmentScheduler refuses: unfit heads, numbers out of range, states that are not its own."""
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from ..head import DL2PAHead, plain_tensor
+from ..head import DL2PAHead, left_out_by_peft, plain_tensor
 
 __all__ = ['as_labels', 'check_heads', 'check_numbers', 'check_scheduler_state']
 
@@ -18,6 +19,11 @@ def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
         if other.num_classes != heads[0].num_classes or not torch.equal(other.prototypes, heads[0].prototypes):
             raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                              'share an assignment: make a scheduler for each head.')
+    left_out = left_out_by_peft(model)
+    if left_out:
+        warnings.warn(f'PEFT will not save the DL2PAHead {left_out[0]!r}, whose prototypes and assignment change in '
+                      f'training: give its name to the adapter, '
+                      f"modules_to_save=['{left_out[0].rpartition('.')[2]}'].", stacklevel=3)
     return heads
 
 

@@ -54,7 +54,7 @@ class ClassMeans:
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.dim = dim
-        self.sums = torch.zeros(num_classes, dim, device=device)
+        self.sums = torch.zeros(num_classes, dim, device=device, dtype=torch.float32)
         # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
         self.label_range = torch.tensor([0, 0], device=device)
 
@@ -93,7 +93,12 @@ class ClassMeans:
             self.label_range = torch.stack([lowest, highest])
 
     def check_shapes(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
-        """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings."""
+        """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings (B, d).
+        """
+        if embeddings.ndim != 2:
+            raise ValueError(f'the head gave embeddings of the shape {tuple(embeddings.shape)}, not one for each '
+                             f"sample: the model does not pool its features. Make it with another global_pool than '', "
+                             f"such as 'avg' or 'token'.")
         if targets.ndim == 0 or targets.shape[1:] not in ((), (self.num_classes,)):
             raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}), '
                              f'not of the shape {tuple(targets.shape)}.')
@@ -188,7 +193,7 @@ class MovingClassMeans(ClassMeans):
     def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
         super().__init__(num_classes, dim, device)
         self.memory = memory
-        self.counts = torch.zeros(num_classes, device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> 'MovingClassMeans':
         """Move sums and counts, in place."""

@@ -53,8 +53,8 @@ class PrototypePlacement:
     def __init__(self, num_classes: int, evenness: float, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
-        self.counts = torch.zeros(num_classes, device=device)
-        self.seen = torch.zeros((), device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
+        self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
