@@ -36,14 +36,16 @@ def test_an_average_over_all_buffers_keeps_an_assignment_that_did_not_change(mak
 
 
 @pytest.mark.parametrize('use', [lambda head: head(torch.randn(5, 12)), lambda head: head.eval(),
-                                 lambda head: head.file_contents()])
-def test_an_average_of_different_assignments_is_refused_at_its_first_use(make_head, use):
+                                 lambda head: head.save_pretrained('never written')])
+def test_an_average_of_different_assignments_is_refused_at_its_first_use(make_head, use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     head = moved(make_head)
     average = averaged(head)
     head.assign(head.assignment.roll(1))
     average.update_parameters(head)
     with pytest.raises(ValueError, match=r'average of heads with different assignments.*use_buffers=False'):
         use(average.module)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_average_that_copies_buffers_follows_the_assignment(make_head):

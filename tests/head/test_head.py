@@ -213,7 +213,7 @@ def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, m
 def test_statistics_and_scales_that_no_training_gives_are_refused(make_head):
     head = make_head(neck='linear_bn', learn_scale=True)
     before, config = state_of(head), head.config
-    for change, message in ((dict(log_scale=torch.tensor(1000.0)), 'log_scale must be between -14 and 14, not 1000'),
+    for change, message in ((dict(log_scale=torch.tensor([1000.0])), 'log_scale must be between -14 and 14, not 1000'),
                             (dict(log_scale=torch.tensor(float('nan'))), 'log_scale must be between'),
                             ({'neck.1.running_var': -torch.ones(4)}, 'neck.1.running_var must not be negative')):
         with pytest.raises(RuntimeError, match=message):

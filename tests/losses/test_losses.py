@@ -218,3 +218,22 @@ def test_balanced_softmax_refuses_shapes():
             BalancedSoftmaxLoss(3)(logits, targets.long())
     with pytest.raises(ValueError, match='reduction must be one of'):
         BalancedSoftmaxLoss(3, reduction='sums')
+
+
+@pytest.mark.parametrize('kind', [SquaredCosineLoss, DotRegressionLoss, BalancedSoftmaxLoss])
+@pytest.mark.parametrize('soft', [False, True])
+def test_outputs_and_targets_of_different_subclasses(make_head, generator, kind, soft):
+    """As fastai's TensorImage and TensorCategory."""
+    class Image(torch.Tensor):
+        pass
+
+    class Category(torch.Tensor):
+        pass
+
+    head = make_head()
+    criterion = kind(7) if kind is BalancedSoftmaxLoss else kind(head)
+    output, labels = head(torch.randn(5, 12, generator=generator)), torch.arange(5)
+    targets = torch.nn.functional.one_hot(labels, 7).float() if soft else labels
+    loss = criterion(output.as_subclass(Image), targets.as_subclass(Category))
+    criterion = kind(7) if kind is BalancedSoftmaxLoss else criterion
+    assert type(loss) is torch.Tensor and torch.equal(loss, criterion(output, targets))

@@ -146,7 +146,7 @@ class DL2PAConfig:
         """Return the shape of each tensor of a head's state dict, without making one: a config may ask for any size."""
         neck = neck_shapes(self.neck, self.in_features, self.dim)
         return {'prototypes': (self.num_prototypes, self.dim), 'assignment': (self.num_classes,),
-                'log_scale' if self.learn_scale else 'scale': (),
+                **({'log_scale': (1,)} if self.learn_scale else {'scale': ()}),
                 **{f'neck.{name}': shape for name, shape in neck.items()}}
 
     @classmethod

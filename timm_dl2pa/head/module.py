@@ -1,6 +1,7 @@
 """DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from .loading import check_scale_in_file, check_state
 from .neck import load_neck, make_neck
 from .view import TrainingView
 
-__all__ = ['DL2PAHead', 'heads_of']
+__all__ = ['DL2PAHead']
 
 
 class DL2PAHead(SavedModule, nn.Module):
@@ -32,8 +33,8 @@ class DL2PAHead(SavedModule, nn.Module):
 
     Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
-    parameter `log_scale` if it is learned. `averaged_assignment` (C,) float32, not saved, lets averages that go over
-    all buffers keep the assignment: see `settle_average`.
+    parameter `log_scale`, (1,), if it is learned. (FSDP2 shards no parameter without dimensions.) `averaged_assignment`
+    (C,) float32, not saved, lets averages that go over all buffers keep the assignment: see `settle_average`.
 
     In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
     none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
@@ -77,6 +78,7 @@ class DL2PAHead(SavedModule, nn.Module):
     prototypes: torch.Tensor
     assignment: torch.Tensor
     config_class = DL2PAConfig
+    _is_replica = False  # set in the replicas of nn.DataParallel
     whole_numbers = ('assignment', 'neck.1.num_batches_tracked')
     # TorchScript compiles properties, and knows no configs.
     __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes',
@@ -133,7 +135,7 @@ class DL2PAHead(SavedModule, nn.Module):
         device = torch.empty(0, device=device).device  # the default device where none is given
         self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
         if self.config.learn_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale), device=device, dtype=dtype))
+            self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
         else:
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
@@ -230,7 +232,7 @@ class DL2PAHead(SavedModule, nn.Module):
 
     def current_scale(self) -> torch.Tensor:
         """Return the factor on the cosines, () float32; with a gradient if it is learned."""
-        return self.log_scale.float().exp() if hasattr(self, 'log_scale') else self.scale
+        return self.log_scale.float().exp().squeeze(0) if hasattr(self, 'log_scale') else self.scale
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.
@@ -256,26 +258,27 @@ class DL2PAHead(SavedModule, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        if torch.jit.is_scripting():
+            pass
+        else:
+            if self.prototypes.dtype != torch.float32:
+                self._restore_float32()
+            if not self.training and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+                self.settle()
         features = self._features(x)
         embeddings = numerics.unit_embeddings(self.neck(features))
         if torch.jit.is_scripting():
             out = self.cosines(embeddings) * self.current_scale()
             return numerics.rows_as_maps(out, x) if self.channels_first else out
         else:
-            view = self.training_view
-            view.compiled = torch.compiler.is_compiling()
-            if not self.training and not view.compiled and not torch.jit.is_tracing():
-                self.settle()
-            if view.on_features is not None:
-                view.on_features(features.detach())
+            scale = self.current_scale()
             if self.training and self.train_output == 'embeddings':
                 out = embeddings
             else:
-                out = self.cosines(embeddings) * self.current_scale()
+                out = self.cosines(embeddings) * scale
             if self.channels_first:
                 out = numerics.rows_as_maps(out, x)
-            if self.training and view.on_forward is not None:
-                view.on_forward(embeddings.detach(), out.detach())
+            self.training_view.hear(features, embeddings, out, scale, training=self.training, replica=self._is_replica)
             return out
 
     def settle(self) -> None:
@@ -288,6 +291,22 @@ class DL2PAHead(SavedModule, nn.Module):
         """
         if buffer_stamps(self) != self._stamps and not self.prototypes.is_meta and settle_average(self):
             self.config = replace(self.config, own_prototypes=True)
+
+    @torch.no_grad()
+    def _restore_float32(self) -> None:
+        """Bring back the dtype of buffers that were cast behind the head's back, as FSDP's mixed precision does."""
+        warnings.warn(f'the prototypes of a DL2PAHead were cast to {self.prototypes.dtype}, as by FSDP with '
+                      f'MixedPrecision(buffer_dtype=...), and are rounded. They are float32 again. To keep them exact, '
+                      f'leave buffer_dtype out.', stacklevel=2)
+        self.prototypes.data = unit_rows(self.prototypes)
+        self.averaged_assignment.data = self.assignment.float()
+        if 'scale' in self._buffers:
+            self.scale.data = torch.full_like(self.scale, self.config.scale, dtype=torch.float32)
+        for layer in self.neck.modules():  # batch norm
+            for buffer in layer._buffers.values():
+                if buffer is not None and buffer.is_floating_point():
+                    buffer.data = buffer.to(layer.weight.dtype)
+        self.config = replace(self.config, own_prototypes=True)
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the training view."""
@@ -400,9 +419,3 @@ class DL2PAHead(SavedModule, nn.Module):
         self.averaged_assignment = self.assignment.float()
         self._stamps = buffer_stamps(self)
         self.config = config
-
-
-def heads_of(model: nn.Module) -> list[DL2PAHead]:
-    """Return the DL2PA heads of a model, the main one first."""
-    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
-    return sorted(heads, key=lambda head: head.auxiliary)

@@ -19,9 +19,21 @@ class _LinearBatchNorm(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # tokens (B, N, F) are rows like any, but not to BatchNorm1d
+        if torch.jit.is_scripting():
+            pass
+        elif isinstance(self[1], nn.BatchNorm1d) and self[1].training:
+            _refuse_single_sample(rows)
         for module in self:
             rows = module(rows)
         return rows.reshape(x.shape[:-1] + rows.shape[-1:])
+
+
+@torch.fx.wrap
+def _refuse_single_sample(rows: torch.Tensor) -> None:
+    if rows.shape[0] == 1:
+        raise ValueError("a batch of one sample cannot be trained on: the neck 'linear_bn' has batch norm, which needs "
+                         "at least two. If it is the last batch of an epoch, make the DataLoader with drop_last=True. "
+                         "To train on single samples, use neck='linear'.")
 
 
 def make_neck(

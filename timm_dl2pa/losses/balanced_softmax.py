@@ -2,6 +2,7 @@
 import torch
 import torch.nn as nn
 
+from ..head import plain_tensor
 from ..values import whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, counted, reduced
@@ -51,7 +52,7 @@ class BalancedSoftmaxLoss(nn.Module):
         super().__init__()
         num_classes = whole_number('num_classes', num_classes, least=1)
         self.counting = class_counts is None
-        counts = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts).float()
+        counts = torch.as_tensor([1.0] * num_classes if class_counts is None else class_counts).float()
         if counts.shape != (num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
             raise ValueError(f'class_counts must be {num_classes} positive numbers: count a class without samples as '
                              f'1.')
@@ -70,6 +71,7 @@ class BalancedSoftmaxLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
+        logits, targets = plain_tensor(logits), plain_tensor(targets)
         classes = len(self.class_counts)
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise ValueError(f'logits must be (B, {classes}), not {tuple(logits.shape)}.')

@@ -39,7 +39,7 @@ class ClassWeights(nn.Module):
         automatic = isinstance(weights, str) and weights == 'auto'
         if weights is not None and not automatic:
             weights = self._checked(weights)
-        self.register_buffer('counts', torch.ones(num_classes) if automatic else None)
+        self.register_buffer('counts', torch.ones(num_classes, dtype=torch.float32) if automatic else None)
         self.register_buffer('given', None if automatic else weights, persistent=False)
 
     def _checked(self, weights: torch.Tensor) -> torch.Tensor:

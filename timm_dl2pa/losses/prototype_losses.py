@@ -4,7 +4,7 @@ import warnings
 import torch
 import torch.nn as nn
 
-from ..head import DL2PAHead
+from ..head import DL2PAHead, plain_tensor
 from ..values import real_number, whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, reduced
@@ -88,6 +88,7 @@ class _PrototypeLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
+        output, targets = plain_tensor(output), plain_tensor(targets)
         self._check_output(output)
         targets = checked_targets(targets, len(output), self.head.num_classes)
         cosines = self._cosines(output, targets)
@@ -213,7 +214,7 @@ class DotRegressionLoss(_PrototypeLoss):
         if targets.ndim == 2:
             return 0.5 * self._squared_lengths(targets.sum(dim=0), len(targets))
         kept = targets != self.ignore_index
-        counts = torch.zeros(self.head.num_classes, device=targets.device)
+        counts = torch.zeros(self.head.num_classes, device=targets.device, dtype=torch.float32)
         counts.index_add_(0, targets.where(kept, 0), kept.float())
         return 0.5 * self._squared_lengths(counts, kept.sum())
 

@@ -2,6 +2,7 @@
 import torch
 import torch.nn as nn
 
+from ..head import plain_tensor
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, reduced
 
@@ -56,6 +57,7 @@ class WeightedCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
+        logits, targets = plain_tensor(logits), plain_tensor(targets)
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(f'logits must be (B, {self.num_classes}), not {tuple(logits.shape)}.')
         targets = checked_targets(targets, len(logits), self.num_classes)

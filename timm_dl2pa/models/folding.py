@@ -54,6 +54,8 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
         raise ValueError(f'{type(model).__name__} combines the logits of {len(heads)} classifiers, so that the folded '
                          f'model preserves the order of the classes only approximately: give images, a batch to '
                          f'measure the agreement on, or normalize=True, which is exact.')
+    for head in heads:
+        head.settle()  # an average, as of EMA weights
     expected = lengths = None
     if images is not None:
         expected, lengths = _measure(model, heads, images)

@@ -306,6 +306,8 @@ def model_stage(
         raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, and timm cannot load it: '
                          f'save or push the head alone.')
     label_names = read_label_names(label_names, model.num_classes)
+    for head in heads_of(model):
+        head.settle()  # an average, as of EMA weights
     # Cloned, because safetensors refuses shared memory and tensors that are not contiguous.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     check_finite(state, 'the model')

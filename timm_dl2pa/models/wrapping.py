@@ -35,19 +35,30 @@ class _ClassifierSlot:
     Attributes:
         path: The path of the module that timm's `reset_classifier(0)` removes, and that the head replaces.
         linear: The path, within that module, of the layer with a row for each class; '' if it is the module itself.
-        in_features: The input size of that layer.
+        rows: The output size of that layer.
+        in_features: Its input size.
         channels_first: Whether that layer is a 1x1 convolution.
         auxiliary: Whether `get_classifier()` omits the classifier.
     """
     path: str
     linear: str
+    rows: int
     in_features: int
     channels_first: bool
     auxiliary: bool
 
 
+# What makes modules of these types.
+_WRAPPERS = {'OptimizedModule': 'torch.compile', 'PeftModel': 'get_peft_model'}
+
+
 def _check_has_classifier(model: nn.Module) -> None:
-    if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
+    if not hasattr(type(model), 'get_classifier') or not hasattr(type(model), 'reset_classifier'):
+        inner = next((inner for inner in model.modules() if hasattr(type(inner), 'get_classifier')), None)
+        if inner is not None:
+            raise ValueError(f'model is a {type(model).__name__} around a {type(inner).__name__}: wrap the '
+                             f'{type(inner).__name__} by wrap_dl2pa first, and then the result by '
+                             f'{_WRAPPERS.get(type(model).__name__, type(model).__name__)}.')
         raise ValueError(f'model ({type(model).__name__}) has no get_classifier() and reset_classifier(): wrap_dl2pa '
                          f'takes a timm classification model. In another model, replace the classifier by a DL2PAHead.')
 
@@ -126,26 +137,38 @@ def _find_classifiers(model: nn.Module) -> list[_ClassifierSlot]:
             continue
         owner = next((i for i, classifier in enumerate(classifiers) if module in set(classifier.modules())), None)
         order[path] = len(classifiers) if owner is None else owner
-    slots = []
+    slots: dict[str, _ClassifierSlot] = {}
     for path in sorted(order, key=order.get):
         names = path.split('.')
         prefixes = ('.'.join(names[:i]) for i in range(1, len(names) + 1))
         top = next(name for name in prefixes
                    if name == path or isinstance(removed.get(name, nn.Identity()), nn.Identity))
         layer = modules[path]
-        slots.append(_ClassifierSlot(
+        # Of several layers in one classifier (hidden ones, in a module of the user's own) the last has the classes.
+        slots[top] = _ClassifierSlot(
             path=top,
             linear=path[len(top) + 1:],
+            rows=len(layer.weight),
             in_features=layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features,
             channels_first=isinstance(layer, nn.Conv2d),
             auxiliary=order[path] == len(classifiers),
-        ))
+        )
     if not slots:
         kinds = ', '.join(type(classifier).__name__ for classifier in classifiers) or 'nothing'
         raise ValueError(f'the classifier of {type(model).__name__} is a {kinds}, which wrap_dl2pa cannot replace: it '
                          f'replaces linear layers and 1x1 convolutions that have a row for each class and that '
                          f'reset_classifier of timm creates.')
-    return slots
+    return list(slots.values())
+
+
+def _check_classes_agree(model: nn.Module, rows: dict[str, int]) -> None:
+    """Raise a ValueError unless every classifier, by its path, has as many rows as the model says it has classes."""
+    differ = {path: count for path, count in rows.items() if count != model.num_classes}
+    if differ:
+        path, count = next(iter(differ.items()))
+        raise ValueError(f'{type(model).__name__} has num_classes={model.num_classes}, but its classifier {path!r} has '
+                         f'{count} rows: it was replaced. Give num_classes={count} to wrap_dl2pa, or whichever is '
+                         f'right. (To change the number of classes, timm has model.reset_classifier({count}).)')
 
 
 def _has_no_classes(model: nn.Module) -> bool:
@@ -177,7 +200,8 @@ def replace_classifiers(
     Args:
         model: A timm model, possibly already wrapped.
         make_head: Called with `in_features`, `device` and `dtype`; returns a head.
-        num_classes: C, for a model without classes. timm first restores its classifier with this number.
+        num_classes: C. For a model without classes, timm first restores its classifier with this number. None for a
+            model that has classes: its `num_classes`, which must agree with the rows of its classifiers.
 
     Returns:
         The same model.
@@ -195,6 +219,8 @@ def replace_classifiers(
 
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, DL2PAHead)}
     if wrapped:
+        if num_classes is None:
+            _check_classes_agree(model, {path: head.num_classes for path, head in wrapped.items()})
         for path, old in sorted(wrapped.items(), key=lambda item: item[1].auxiliary):
             weight = next(old.neck.parameters(), reference_weight)
             head = add(path, old.in_features, weight.device, weight.dtype, old.training)
@@ -206,6 +232,8 @@ def replace_classifiers(
             with torch.device('meta'):
                 _reset(timm_model, num_classes)
         slots = _find_classifiers(timm_model)
+        if num_classes is None:
+            _check_classes_agree(model, {f'{slot.path}.{slot.linear}'.strip('.'): slot.rows for slot in slots})
         for slot in slots:
             layer = model.get_submodule(f'{slot.path}.{slot.linear}'.strip('.')) if timm_model is model else None
             weight = reference_weight if layer is None else layer.weight
@@ -385,7 +413,7 @@ def wrap_dl2pa(
         dim: d, the dimension of the embeddings. It may be much smaller than the number of classes.
         recipe: 'placed', 'even' or 'paper'. It sets neck, scale and initial assignment, and the warm-up and class means
             of an `AssignmentScheduler` for the model.
-        num_classes: C. Default: that of the model.
+        num_classes: C. Default: that of the model, which must agree with the rows of its classifiers.
         num_prototypes: K >= C. Default: C.
         prototypes: (K, d) unit rows, or the path of a safetensors file of them. Default: `make_prototypes(K, d)` with
             the seed.
@@ -404,8 +432,9 @@ def wrap_dl2pa(
         The same model.
 
     Raises:
-        ValueError: The model is not a timm classification model, its classifier is of a kind that cannot be replaced,
-            an argument is out of range, or it is given together with `head`. The model was not changed.
+        ValueError: The model is not a timm classification model (but, say, a wrapper of `torch.compile` around one),
+            its classifier is of a kind that cannot be replaced, or was replaced by one for another number of classes;
+            an argument is out of range, or is given together with `head`. The model was not changed.
 
     Example:
         >>> model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=10), dim=8)
@@ -419,10 +448,8 @@ def wrap_dl2pa(
         options = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
                        learn_scale=learn_scale, train_output=train_output, seed=seed)
         return _wrap_with_head(model, head, num_classes, dim, options)
-    if num_classes is None:
-        num_classes = model.num_classes
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be given: {type(model).__name__} was created without classes.')
+    if num_classes is None and _has_no_classes(model):
+        raise ValueError(f'num_classes must be given: {type(model).__name__} has no classifier.')
     first: DL2PAHead | None = None
 
     def make_head(**factory_kwargs: Any) -> DL2PAHead:
@@ -431,7 +458,7 @@ def wrap_dl2pa(
             config = replace(first.config, in_features=factory_kwargs.pop('in_features'))
             return DL2PAHead.from_config(config, first.prototypes, **factory_kwargs)
         first = DL2PAHead(
-            num_classes=num_classes,
+            num_classes=model.num_classes if num_classes is None else num_classes,
             dim=dim,
             recipe=recipe,
             num_prototypes=num_prototypes,

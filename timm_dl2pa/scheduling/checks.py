@@ -1,13 +1,15 @@
 """What an AssignmentScheduler refuses: unfit heads, numbers out of range, states that are not its own."""
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from ..head import DL2PAHead
+from ..head import DL2PAHead, left_out_by_peft, plain_tensor
 from ..values import real_number, whole_number
 
-__all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
+__all__ = ['as_labels', 'check_heads', 'check_numbers', 'check_scheduler_state']
 
 
 def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
@@ -18,7 +20,40 @@ def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
         if other.num_classes != heads[0].num_classes or not torch.equal(other.prototypes, heads[0].prototypes):
             raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                              'share an assignment: make a scheduler for each head.')
+    left_out = left_out_by_peft(model)
+    if left_out:
+        warnings.warn(f'PEFT will not save the DL2PAHead {left_out[0]!r}, whose prototypes and assignment change in '
+                      f'training: give its name to the adapter, '
+                      f"modules_to_save=['{left_out[0].rpartition('.')[2]}'].", stacklevel=3)
     return heads
+
+
+def as_labels(targets: Any) -> torch.Tensor:
+    """Return targets as a plain tensor: class indices (B,) as int64, soft targets (B, C) in their own dtype.
+
+    Never waits for the device; shapes are checked elsewhere.
+
+    Args:
+        targets: A tensor (also of a subclass, as fastai's), an array of numpy, or a sequence of numbers.
+
+    Raises:
+        ValueError: They are no numbers, or class indices that are not whole numbers.
+    """
+    if not isinstance(targets, torch.Tensor):
+        try:
+            targets = torch.as_tensor(np.asarray(targets) if isinstance(targets, (list, tuple)) else targets)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f'targets must be class indices (B,) or soft targets (B, C), as a tensor, an array or a '
+                             f'list of numbers, not a {type(targets).__name__} ({error}).') from None
+    targets = plain_tensor(targets)
+    if targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f'targets must be class indices (int64) or soft targets (float32), not {targets.dtype}.')
+    if targets.ndim == 1:
+        if targets.is_floating_point():
+            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), not '
+                             f'{targets.dtype}.')
+        return targets.long()
+    return targets
 
 
 def check_numbers(start: int, stop: int | None, momentum: float, ignore_index: int

@@ -39,7 +39,7 @@ class ClassMeans:
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.dim = dim
-        self.sums = torch.zeros(num_classes, dim, device=device)
+        self.sums = torch.zeros(num_classes, dim, device=device, dtype=torch.float32)
         # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
         self.label_range = torch.tensor([0, 0], device=device)
         # How many samples came since the last `decay`, and how many of them were left out as not finite.
@@ -67,7 +67,7 @@ class ClassMeans:
         Raises:
             ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
         """
-        check_targets(targets, len(embeddings), self.num_classes)
+        check_targets(targets, embeddings, self.num_classes)
         if len(targets) == 0:
             return
         self._note_labels(targets)
@@ -189,7 +189,7 @@ class MovingClassMeans(ClassMeans):
     def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
         super().__init__(num_classes, dim, device)
         self.memory = memory
-        self.counts = torch.zeros(num_classes, device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> 'MovingClassMeans':
         """Move sums and counts, in place."""
@@ -201,7 +201,7 @@ class MovingClassMeans(ClassMeans):
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Fold a batch in, as `ClassMeans.add` does. In a distributed run every process must call it, also with no
         samples."""
-        check_targets(targets, len(embeddings), self.num_classes)
+        check_targets(targets, embeddings, self.num_classes)
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         if len(targets) > 0:
             self._note_labels(targets)

@@ -54,8 +54,8 @@ class PrototypePlacement:
     def __init__(self, num_classes: int, evenness: float, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
-        self.counts = torch.zeros(num_classes, device=device)
-        self.seen = torch.zeros((), device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
+        self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
@@ -184,8 +184,10 @@ class PlacedWarmup(Warmup):
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Move the prototypes by a batch. See `Warmup.add`."""
         head = self.heads[0]
-        vectors = self.placement.to(embeddings.device).moved(
-            head.class_prototypes, embeddings, targets, head.current_scale().detach())
+        scale = head.training_view.scale
+        if scale is None:  # no forward came: the embeddings are given
+            scale = head.current_scale().detach()
+        vectors = self.placement.to(embeddings.device).moved(head.class_prototypes, embeddings, targets, scale)
         for head in self.heads:
             head.move_class_prototypes(vectors)
 

@@ -13,6 +13,9 @@ from tqdm import tqdm
 from ..assignment import align_prototypes
 from ..distributed import add_over_ranks, rank, solve_on_rank_0
 from ..head import DL2PAHead, heads_of
+from .batches import split_batch, to_model
+from .checks import as_labels
+from .neck_fit import NeckMap, check_neck, refuse_sharded, write_neck
 from .scheduler import AssignmentScheduler
 from .targets import shares_of
 
@@ -42,6 +45,8 @@ class _Features:
         self.features = features
 
     def add(self, targets: torch.Tensor) -> None:
+        if self.features is None:
+            raise ValueError('a DL2PA head of the model saw no features in this forward: is it the model in use?')
         if targets.shape not in ((len(self.features),), (len(self.features), self.num_classes)):
             raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}) for the '
                              f'{len(self.features)} images, not of the shape {tuple(targets.shape)}.')
@@ -85,6 +90,9 @@ class Primer:
     Args:
         heads: The heads of a model, the main one first.
 
+    Raises:
+        ValueError: The neck of a head cannot be set, because of what another tool has put around it.
+
     Example:
         >>> primer = Primer(heads)
         >>> for images, targets in loader:
@@ -94,15 +102,18 @@ class Primer:
     """
 
     def __init__(self, heads: Sequence[DL2PAHead]):
+        for head in heads:
+            check_neck(head)
         self.heads = heads
         self._statistics = [_Features(head) for head in heads]
 
     def add(self, targets: torch.Tensor) -> None:
-        """Add the features of the last forward, with its targets (B,) or (B, C).
+        """Add the features of the last forward, with its targets (B,) or (B, C), of any kind that `as_labels` takes.
 
         Raises:
             ValueError: The targets do not fit the features.
         """
+        targets = as_labels(targets)
         for found in self._statistics:
             found.add(targets)
 
@@ -135,10 +146,13 @@ class Primer:
             return aligned.assignment, aligned.prototypes, aligned.objective / seen.sum()
 
         assignment, prototypes, explained = solve_on_rank_0(answer, head.prototypes.device)
-        for head, solution in zip(self.heads, solutions):
+        maps = [_best_map(head, prototypes[assignment], *solution) for head, solution in zip(self.heads, solutions)]
+        for head, neck_map in zip(self.heads, maps):
+            check_neck(head, neck_map)
+        for head, neck_map in zip(self.heads, maps):
             head.assign(assignment, prototypes)
-            if head.config.neck != 'none':
-                _set_neck(head, *solution)
+            if neck_map is not None:
+                write_neck(head.neck, neck_map)
         if scheduler is not None:
             scheduler.skip_warmup()
         return float(explained)
@@ -176,10 +190,12 @@ def prime(
     warm-up is skipped, since there is an assignment already. Nothing else is changed.
 
     Args:
-        model: A wrapped model (also inside DistributedDataParallel). It runs in evaluation mode, and is restored. If it
-            has several heads, the first decides the assignment, and each neck is set by its own features.
+        model: A wrapped model (also inside DistributedDataParallel or PEFT). It runs in evaluation mode, and is
+            restored. If it has several heads, the first decides the assignment, and each neck is set by its own
+            features.
         loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
-            indices (B,), or soft targets (B, C). Training images without augmentation are best. In a distributed run
+            indices (B,), or soft targets (B, C). Batches may also be mappings with 'pixel_values' and 'labels', and
+            images the mapping that NaFlexViT takes. Training images without augmentation are best. In a distributed run
             every process gives its own part of them.
         scheduler: The model's scheduler, if there is one.
         max_batches: Largest number of batches to take. A few dozen images a class suffice.
@@ -190,8 +206,9 @@ def prime(
         is the mean cosine of a class mean with its prototype.)
 
     Raises:
-        ValueError: The model has no DL2PA head, the scheduler belongs to another model, the loader is empty, targets do
-            not fit, or features are not finite. The model was not changed.
+        ValueError: The model has no DL2PA head or is sharded, the scheduler belongs to another model, the loader is
+            empty, targets do not fit, features are not finite, or the neck cannot be set: a parametrisation (spectral
+            norm), a hook (pruning) or an adapter stands in the way. The model was not changed.
 
     Example:
         >>> scheduler = AssignmentScheduler(model)
@@ -204,8 +221,10 @@ def prime(
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')
     if scheduler is not None and scheduler.heads[0] is not heads[0]:
         raise ValueError('scheduler belongs to another model: make it with the model that is primed.')
-    # DistributedDataParallel's own forward would wait for the other processes, whose parts may be smaller.
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    refuse_sharded(model)
+    # DistributedDataParallel's own forward would wait for the other processes, whose parts may be smaller;
+    # DataParallel's would split the batch.
+    inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
     first = next(inner.parameters(), heads[0].prototypes)
     quiet = not progress or rank() != 0
     total = len(loader) if hasattr(loader, '__len__') else None
@@ -218,8 +237,9 @@ def prime(
             module.training = False
         with torch.no_grad(), tqdm(total=total, desc='prime', disable=quiet, unit='batch') as bar:
             for batch in islice(loader, max_batches):
-                inner(batch[0].to(first.device, first.dtype, non_blocking=True))
-                primer.add(batch[1])
+                images, targets = split_batch(batch)
+                inner(to_model(images, first))
+                primer.add(targets)
                 bar.update()
     finally:
         primer.close()
@@ -251,24 +271,11 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
-def _set_neck(head: DL2PAHead, centre: np.ndarray, means: np.ndarray, seen: np.ndarray,
-              covariance: np.ndarray) -> None:
-    placed = head.class_prototypes.double().cpu().numpy() * seen[:, None]
+def _best_map(head: DL2PAHead, placed: torch.Tensor, centre: np.ndarray, means: np.ndarray, seen: np.ndarray,
+              covariance: np.ndarray) -> NeckMap | None:
+    """Return the least-squares map from features to the prototypes (C, d) of their classes; None without a neck."""
+    if head.config.neck == 'none':
+        return None
+    placed = placed.cpu().double().numpy() * seen[:, None]
     weight = np.linalg.solve(covariance, means.T @ placed).T / seen.sum()  # (d, F)
-    linear = head.neck if isinstance(head.neck, nn.Linear) else head.neck[0]
-    old = linear.weight.detach().double().cpu().numpy()
-    variance = np.einsum('if,fg,ig->i', weight, covariance, weight)
-    if isinstance(head.neck, nn.Linear):
-        # The embeddings keep about the length that they had.
-        factor = np.sqrt(np.einsum('if,fg,ig->', old, covariance, old) / max(variance.sum(), 1e-30))
-        linear.weight.copy_(torch.from_numpy(factor * weight))
-        linear.bias.copy_(torch.from_numpy(-factor * weight @ centre))
-        return
-    # Batch norm divides by the deviation and multiplies by it again: together they are the linear map.
-    norm = head.neck[1]
-    linear.weight.copy_(torch.from_numpy(weight * np.sqrt(len(weight) / max(variance.sum(), 1e-30))))
-    variance *= len(weight) / max(variance.sum(), 1e-30)
-    norm.running_mean.copy_(torch.from_numpy(linear.weight.detach().double().cpu().numpy() @ centre))
-    norm.running_var.copy_(torch.from_numpy(variance))
-    norm.weight.copy_(torch.from_numpy(np.sqrt(variance + norm.eps)))
-    norm.bias.zero_()
+    return NeckMap.of(head.neck, weight, centre, covariance)

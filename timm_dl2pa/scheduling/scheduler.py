@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from ..head import heads_of
 from ..recipes import find_recipe
-from .checks import check_heads, check_numbers, check_scheduler_state
+from .checks import as_labels, check_heads, check_numbers, check_scheduler_state
 from .class_means import make_class_means
 from .clock import Clock, Duration
 from .forwards import Forwards
@@ -126,8 +126,8 @@ class AssignmentScheduler:
             ValueError: The targets do not fit the embeddings, are out of range, or do not sum to one.
         """
         embeddings = self._forwards.embeddings_of(embeddings)
-        num_classes = self.class_means.num_classes
-        check_targets(targets, len(embeddings), num_classes)
+        targets, num_classes = as_labels(targets), self.class_means.num_classes
+        check_targets(targets, embeddings, num_classes)
         if targets.device.type == 'cpu' or not self._values_checked:
             check_values(targets, num_classes, self.ignore_index)
             self._values_checked = True

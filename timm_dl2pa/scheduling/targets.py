@@ -12,8 +12,13 @@ IGNORED = -100
 _TOLERANCE = 0.01
 
 
-def check_targets(targets: torch.Tensor, size: int, num_classes: int) -> None:
-    """Raise a ValueError unless targets are class indices (B,) or soft targets (B, C) for B = `size` embeddings."""
+def check_targets(targets: torch.Tensor, embeddings: torch.Tensor, num_classes: int) -> None:
+    """Raise a ValueError unless targets are class indices (B,) or soft targets (B, C) for B embeddings (B, d)."""
+    if embeddings.ndim != 2:
+        raise ValueError(f'the head gave embeddings of the shape {tuple(embeddings.shape)}, not one for each sample: '
+                         f"the model does not pool its features. Make it with another global_pool than '', such as "
+                         f"'avg' or 'token'.")
+    size = len(embeddings)
     if targets.ndim == 0 or targets.shape[1:] not in ((), (num_classes,)):
         raise ValueError(f'targets must be class indices (B,) or soft targets (B, {num_classes}), '
                          f'not of the shape {tuple(targets.shape)}.')
