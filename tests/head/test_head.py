@@ -438,3 +438,13 @@ def test_a_compiled_forward_may_keep_the_buffers_for_its_backward(make_head):
     kept = head.prototypes
     head.move_class_prototypes(vectors.flip(0))
     assert head.prototypes is kept
+
+
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+def test_other_classes_keep_a_neck_whole_or_refuse(make_head, neck):
+    head = make_head(neck=neck)
+    assert all(torch.equal(value, head.neck.state_dict()[name])
+               for name, value in head.with_classes(5).neck.state_dict().items())
+    torch.nn.utils.parametrizations.weight_norm(head.neck if neck == 'linear' else head.neck[0])
+    with pytest.raises(ValueError, match='remove_parametrizations'):
+        head.with_classes(5)

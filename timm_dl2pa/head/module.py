@@ -186,12 +186,15 @@ class DL2PAHead(SavedModule, nn.Module):
             num_classes: C, at least 2.
 
         Raises:
-            ValueError: It is less.
+            ValueError: It is less; or the neck has tensors of another tool, such as a parametrisation's.
         """
         like = next(self.neck.parameters(), self.prototypes)
         with torch.random.fork_rng(devices=[]):
             other = DL2PAHead.from_config(self.config.for_classes(num_classes), device=like.device, dtype=like.dtype)
-        load_neck(other.neck, self.neck.state_dict())
+        if not load_neck(other.neck, self.neck.state_dict()):
+            raise ValueError('the neck of this head has other tensors than it was made with: take off what was put '
+                             'around it (remove_parametrizations of torch.nn.utils.parametrize, remove of '
+                             'torch.nn.utils.prune, merge_and_unload of PEFT).')
         if hasattr(self, 'log_scale'):
             other.log_scale.data.copy_(self.log_scale.data)
         return other
