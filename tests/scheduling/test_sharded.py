@@ -50,11 +50,12 @@ def shard(model, way):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         return model
     casts = {'fsdp1_buffers': MixedPrecision(buffer_dtype=torch.bfloat16),
+             'fsdp1_flat_bfloat16': MixedPrecision(torch.bfloat16, torch.bfloat16),
              'fsdp1_bfloat16': MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)}.get(way)
     if way == 'fsdp1':
         model[2] = FullyShardedDataParallel(model[2], device_id=torch.device('cpu'), use_orig_params=True)
     return FullyShardedDataParallel(model, device_id=torch.device('cpu'), mixed_precision=casts,
-                                    use_orig_params=way != 'fsdp1_flat')
+                                    use_orig_params='flat' not in way)
 
 
 def in_process(rank, folder, way, options):
@@ -86,7 +87,7 @@ def in_process(rank, folder, way, options):
 @pytest.mark.slow
 @pytest.mark.parametrize('way, recipe', [
     *((way, recipe) for way in ('fsdp2', 'fsdp1_buffers') for recipe in ('placed', 'even', 'paper')),
-    *((way, 'placed') for way in ('fsdp2_bfloat16', 'fsdp1', 'fsdp1_flat', 'fsdp1_bfloat16'))])
+    *((way, 'placed') for way in ('fsdp2_bfloat16', 'fsdp1', 'fsdp1_flat', 'fsdp1_flat_bfloat16', 'fsdp1_bfloat16'))])
 def test_sharded_training_is_that_of_ddp(tmp_path, way, recipe):
     options = {'recipe': recipe}
     run_ranks(in_process, str(tmp_path), way, options, folder=tmp_path)
@@ -96,7 +97,7 @@ def test_sharded_training_is_that_of_ddp(tmp_path, way, recipe):
         assert [entry[:2] for entry in found['history']] == [entry[:2] for entry in found['expected']]
         assert rounded or found['history'] == found['expected']
         assert 'prime it before' in found['refused']
-        assert any('buffer_dtype' in text for text in found['told']) == (rounded and way.startswith('fsdp1'))
+        assert any('buffer_dtype' in text for text in found['told']) == (way in ('fsdp1_buffers', 'fsdp1_bfloat16'))
         model = new_model(**options)
         model.load_state_dict(found['state'])
         assert model[2].prototypes.dtype == torch.float32

@@ -30,12 +30,16 @@ class _LinearBatchNorm(nn.Sequential):
 
 
 def _batch_norm(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Call a batch norm in the dtype of its statistics, where its parameters have another: FSDP's mixed precision casts
+    """Call a batch norm; in the dtype of its statistics where its parameters have another: FSDP's mixed precision casts
     these alone, and torch refuses the mixture."""
-    if norm.running_mean is None or norm.weight.dtype == norm.running_mean.dtype:
+    if (isinstance(rows, torch.fx.Proxy) or not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is None
+            or norm.weight.dtype == norm.running_mean.dtype):
         return norm(rows)
-    parameters = {name: value.to(norm.running_mean.dtype) for name, value in norm.named_parameters()}
-    return torch.func.functional_call(norm, parameters, rows.to(norm.running_mean.dtype))
+    dtype = norm.running_mean.dtype
+    if norm.training:
+        norm.num_batches_tracked += 1
+    return nn.functional.batch_norm(rows.to(dtype), norm.running_mean, norm.running_var, norm.weight.to(dtype),
+                                    norm.bias.to(dtype), norm.training, norm.momentum, norm.eps)
 
 
 @torch.fx.wrap
