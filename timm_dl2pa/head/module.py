@@ -1,7 +1,6 @@
 """DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
 from . import numerics
+from .buffers import restore_float32
 from .config import DL2PAConfig
 from .loading import check_state
 from .neck import load_neck, make_neck
@@ -257,7 +257,8 @@ class DL2PAHead(SavedModule, nn.Module):
         if torch.jit.is_scripting():
             pass
         elif self.prototypes.dtype != torch.float32:
-            self._restore_float32()
+            restore_float32(self)
+            self.config = replace(self.config, own_prototypes=True)
         features = self._features(x)
         embeddings = numerics.unit_embeddings(self.neck(features))
         if torch.jit.is_scripting():
@@ -270,21 +271,6 @@ class DL2PAHead(SavedModule, nn.Module):
             else:
                 out = self.cosines(embeddings) * scale
         return numerics.rows_as_maps(out, x) if self.channels_first else out
-
-    @torch.no_grad()
-    def _restore_float32(self) -> None:
-        """Bring back the dtype of buffers that were cast behind the head's back, as FSDP's mixed precision does."""
-        warnings.warn(f'the prototypes of a DL2PAHead were cast to {self.prototypes.dtype}, as by FSDP with '
-                      f'MixedPrecision(buffer_dtype=...), and are rounded. They are float32 again. To keep them exact, '
-                      f'leave buffer_dtype out.', stacklevel=2)
-        self.prototypes.data = unit_rows(self.prototypes)
-        if 'scale' in self._buffers:
-            self.scale.data = torch.full_like(self.scale, self.config.scale, dtype=torch.float32)
-        for layer in self.neck.modules():  # batch norm
-            for buffer in layer._buffers.values():
-                if buffer is not None and buffer.is_floating_point():
-                    buffer.data = buffer.to(layer.weight.dtype)
-        self.config = replace(self.config, own_prototypes=True)
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the training view."""
