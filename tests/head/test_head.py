@@ -214,7 +214,7 @@ def test_statistics_and_scales_that_no_training_gives_are_refused(make_head):
     head = make_head(neck='linear_bn', learn_scale=True)
     before, config = state_of(head), head.config
     for change, message in ((dict(log_scale=torch.tensor([1000.0])), 'log_scale must be between -14 and 14, not 1000'),
-                            (dict(log_scale=torch.tensor(float('nan'))), 'log_scale must be between'),
+                            (dict(log_scale=torch.tensor([float('nan')])), 'log_scale must be between'),
                             ({'neck.1.running_var': -torch.ones(4)}, 'neck.1.running_var must not be negative')):
         with pytest.raises(RuntimeError, match=message):
             head.load_state_dict({**before, **change})
@@ -497,3 +497,13 @@ def test_a_compiled_forward_may_keep_the_buffers_for_its_backward(make_head):
     kept = head.prototypes
     head.move_class_prototypes(vectors.flip(0))
     assert head.prototypes is kept
+
+
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+def test_other_classes_keep_a_neck_whole_or_refuse(make_head, neck):
+    head = make_head(neck=neck)
+    assert all(torch.equal(value, head.neck.state_dict()[name])
+               for name, value in head.with_classes(5).neck.state_dict().items())
+    torch.nn.utils.parametrizations.weight_norm(head.neck if neck == 'linear' else head.neck[0])
+    with pytest.raises(ValueError, match='remove_parametrizations'):
+        head.with_classes(5)

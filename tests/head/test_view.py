@@ -68,3 +68,17 @@ def test_a_batch_of_one_sample_is_refused_in_training(make_head):
     head.neck[1].eval()
     assert head(torch.randn(1, 12)).shape == (1, 7)
     assert make_head()(torch.randn(1, 12)).shape == (1, 7)
+
+
+def test_batch_norm_whose_parameters_alone_are_cast(make_head):
+    """As FSDP casts them for a forward; torch itself refuses the mixture."""
+    head, cast = (make_head(neck='linear_bn') for _ in range(2))
+    for parameter in cast.parameters():
+        parameter.data = parameter.bfloat16()
+    x = torch.randn(8, 12)
+    for mode in (True, False):
+        assert torch.allclose(cast.train(mode)(x.bfloat16()), head.train(mode)(x), atol=0.5)
+    assert torch.allclose(cast.neck[1].running_mean, head.neck[1].running_mean, atol=1e-2)
+    assert cast.neck[1].num_batches_tracked == 1 and cast.neck[1].running_mean.dtype == torch.float32
+    cast.train()(x.bfloat16()).sum().backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in cast.parameters())

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers.processes import run_ranks
@@ -43,14 +43,19 @@ def train(model, rank):
 
 
 def shard(model, way):
-    if way == 'fsdp2':
+    if way.startswith('fsdp2'):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if way == 'fsdp2_bfloat16' else None)
         mesh = init_device_mesh('cpu', (2,))
-        for part in (model[0], model[2]):
-            fully_shard(part, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-    casts = MixedPrecision(buffer_dtype=torch.bfloat16) if way == 'fsdp1_bfloat16' else None
+        for part in (model[0], model[2], model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        return model
+    casts = {'fsdp1_buffers': MixedPrecision(buffer_dtype=torch.bfloat16),
+             'fsdp1_flat_bfloat16': MixedPrecision(torch.bfloat16, torch.bfloat16),
+             'fsdp1_bfloat16': MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)}.get(way)
+    if way == 'fsdp1':
+        model[2] = FullyShardedDataParallel(model[2], device_id=torch.device('cpu'), use_orig_params=True)
     return FullyShardedDataParallel(model, device_id=torch.device('cpu'), mixed_precision=casts,
-                                    use_orig_params=way != 'fsdp1_flat')
+                                    use_orig_params='flat' not in way)
 
 
 def in_process(rank, folder, way, options):
@@ -80,22 +85,24 @@ def in_process(rank, folder, way, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [{}, {'recipe': 'even'}, {'recipe': 'paper'}], ids=['placed', 'even', 'paper'])
-@pytest.mark.parametrize('way', ['fsdp2', 'fsdp1', 'fsdp1_flat', 'fsdp1_bfloat16'])
-def test_sharded_training_is_that_of_ddp(tmp_path, way, options):
+@pytest.mark.parametrize('way, recipe', [
+    *((way, recipe) for way in ('fsdp2', 'fsdp1_buffers') for recipe in ('placed', 'even', 'paper')),
+    *((way, 'placed') for way in ('fsdp2_bfloat16', 'fsdp1', 'fsdp1_flat', 'fsdp1_flat_bfloat16', 'fsdp1_bfloat16'))])
+def test_sharded_training_is_that_of_ddp(tmp_path, way, recipe):
+    options = {'recipe': recipe}
     run_ranks(in_process, str(tmp_path), way, options, folder=tmp_path)
     for rank in range(2):
         found = torch.load(tmp_path / f'{rank}.pt')
-        rounded = way == 'fsdp1_bfloat16'
+        rounded = way.endswith(('bfloat16', 'buffers'))
         assert [entry[:2] for entry in found['history']] == [entry[:2] for entry in found['expected']]
         assert rounded or found['history'] == found['expected']
         assert 'prime it before' in found['refused']
-        assert any('buffer_dtype' in text for text in found['told']) == rounded
+        assert any('buffer_dtype' in text for text in found['told']) == (way in ('fsdp1_buffers', 'fsdp1_bfloat16'))
         model = new_model(**options)
         model.load_state_dict(found['state'])
         assert model[2].prototypes.dtype == torch.float32
         x, _ = batch(0, 0)
-        assert torch.allclose(model.eval()(x), found['logits'], atol=1e-4)
+        assert torch.allclose(model.eval()(x), found['logits'], atol=0.1 if rounded else 1e-4)
         assert torch.allclose(found['again'], found['logits'], atol=0.1 if rounded else 1e-4)
         for name, value in found['plain'].items():
-            assert torch.allclose(found['state'][name], value, atol=0.05 if rounded else 1e-4), name
+            assert torch.allclose(found['state'][name], value, atol=0.2 if rounded else 1e-4), name

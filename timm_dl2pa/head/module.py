@@ -1,7 +1,6 @@
 """DL2PAHead: neck, unit embeddings, and logits against fixed prototypes under an assignment."""
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from ..recipes import DEFAULT_RECIPE, find_recipe
 from ..values import checked_value
 from . import numerics
 from .averages import buffer_stamps, settle_average
+from .buffers import restore_float32
 from .config import DL2PAConfig
 from .loading import check_scale_in_file, check_state
 from .neck import load_neck, make_neck
@@ -192,12 +192,15 @@ class DL2PAHead(SavedModule, nn.Module):
             num_classes: C, at least 2.
 
         Raises:
-            ValueError: It is less.
+            ValueError: It is less; or the neck has tensors of another tool, such as a parametrisation's.
         """
         like = next(self.neck.parameters(), self.prototypes)
         with torch.random.fork_rng(devices=[]):
             other = DL2PAHead.from_config(self.config.for_classes(num_classes), device=like.device, dtype=like.dtype)
-        load_neck(other.neck, self.neck.state_dict())
+        if not load_neck(other.neck, self.neck.state_dict()):
+            raise ValueError('the neck of this head has other tensors than it was made with: take off what was put '
+                             'around it (remove_parametrizations of torch.nn.utils.parametrize, remove of '
+                             'torch.nn.utils.prune, merge_and_unload of PEFT).')
         if hasattr(self, 'log_scale'):
             other.log_scale.data.copy_(self.log_scale.data)
         return other
@@ -262,7 +265,8 @@ class DL2PAHead(SavedModule, nn.Module):
             pass
         else:
             if self.prototypes.dtype != torch.float32:
-                self._restore_float32()
+                restore_float32(self)
+                self.config = replace(self.config, own_prototypes=True)
             if not self.training and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
                 self.settle()
         features = self._features(x)
@@ -291,22 +295,6 @@ class DL2PAHead(SavedModule, nn.Module):
         """
         if buffer_stamps(self) != self._stamps and not self.prototypes.is_meta and settle_average(self):
             self.config = replace(self.config, own_prototypes=True)
-
-    @torch.no_grad()
-    def _restore_float32(self) -> None:
-        """Bring back the dtype of buffers that were cast behind the head's back, as FSDP's mixed precision does."""
-        warnings.warn(f'the prototypes of a DL2PAHead were cast to {self.prototypes.dtype}, as by FSDP with '
-                      f'MixedPrecision(buffer_dtype=...), and are rounded. They are float32 again. To keep them exact, '
-                      f'leave buffer_dtype out.', stacklevel=2)
-        self.prototypes.data = unit_rows(self.prototypes)
-        self.averaged_assignment.data = self.assignment.float()
-        if 'scale' in self._buffers:
-            self.scale.data = torch.full_like(self.scale, self.config.scale, dtype=torch.float32)
-        for layer in self.neck.modules():  # batch norm
-            for buffer in layer._buffers.values():
-                if buffer is not None and buffer.is_floating_point():
-                    buffer.data = buffer.to(layer.weight.dtype)
-        self.config = replace(self.config, own_prototypes=True)
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the training view."""

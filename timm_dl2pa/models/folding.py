@@ -5,8 +5,9 @@ import torch
 import torch.nn as nn
 
 from ..head import DL2PAHead, heads_of
+from .classifiers import unregistered_tensors
 from .reparameterization import fuse_everything
-from .wrapping import RemovedLinear, record_registry_entry, set_module, unregistered_tensors
+from .wrapping import RemovedLinear, record_registry_entry, set_module
 
 __all__ = ['fold_dl2pa']
 
