@@ -165,7 +165,7 @@ def test_several_classifiers_get_heads_with_their_own_tensors():
     (small, dict(dim=0), 'dim must be at least 1'),
     (small, dict(num_classes=1), 'num_classes must be at least 2'),
     (small, dict(neck='none', dim=8), "neck='none'"),
-    (small, dict(scale=-1.0), 'scale must be positive'),
+    (small, dict(scale=-1.0), 'scale must be between'),
     (lambda: replaced_by(nn.Bilinear(2, 2, 2)), {}, 'is a Bilinear, which wrap_dl2pa cannot replace'),
     (lambda: torch.compile(small()), {}, 'OptimizedModule around a ResNet: wrap the ResNet .* first.* torch.compile'),
     (lambda: nn.DataParallel(small()), dict(num_classes=5), 'DataParallel around a ResNet: wrap the ResNet'),

@@ -17,27 +17,30 @@ from .batches import split_batch, to_model
 from .checks import as_labels
 from .neck_fit import NeckMap, check_neck, refuse_sharded, write_neck
 from .scheduler import AssignmentScheduler
-from .targets import shares_of
+from .targets import IGNORED, check_values, samples_that_count, shares_of
 
 __all__ = ['Primer', 'prime']
 
 # Share of the mean variance that is added to the variance of each direction, so that directions without variance have
 # little influence.
 _RIDGE = 0.01
-_SUMS = ('counts', 'sums', 'squares')
+_SUMS = ('counts', 'sums', 'squares', 'tally')
 
 
 class _Features:
     """Sums of a head's features (B, F), for each class and over all samples, in float64."""
 
-    def __init__(self, head: DL2PAHead):
+    def __init__(self, head: DL2PAHead, ignore_index: int):
         device = head.prototypes.device
         # MPS has no float64.
         kind = dict(dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
         self.num_classes = head.num_classes
+        self.ignore_index = ignore_index
         self.counts = torch.zeros(head.num_classes, **kind)
         self.sums = torch.zeros(head.num_classes, head.in_features, **kind)
         self.squares = torch.zeros(head.in_features, head.in_features, **kind)
+        # How many samples came, without those to ignore, and how many of them were left out as not finite.
+        self.tally = torch.zeros(2, dtype=torch.int64, device=device)
         self.features: torch.Tensor | None = None
         head.training_view.on_features = self._observe
 
@@ -50,14 +53,14 @@ class _Features:
         if targets.shape not in ((len(self.features),), (len(self.features), self.num_classes)):
             raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}) for the '
                              f'{len(self.features)} images, not of the shape {tuple(targets.shape)}.')
-        if targets.ndim == 1 and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
-            raise ValueError(f'targets must be within 0..{self.num_classes - 1}, not from {int(targets.min())} to '
-                             f'{int(targets.max())}.')
+        check_values(targets, self.num_classes, self.ignore_index)
         # An auxiliary head may see many patches of an image (B, N, F): each is a sample of the image's class.
         patches = math.prod(self.features.shape[1:-1])
         features = self.features.flatten(0, -2).to(self.sums)
-        targets = targets.repeat_interleave(patches, dim=0)
-        for labels, share in shares_of(targets.to(features.device), self.num_classes):
+        targets = targets.to(features.device).repeat_interleave(patches, dim=0)
+        features, targets, tally = samples_that_count(features, targets, self.ignore_index)
+        self.tally += tally
+        for labels, share in shares_of(targets, self.num_classes):
             share = share.to(features)
             self.counts.index_add_(0, labels, share.squeeze(1))
             self.sums.index_add_(0, labels, share * features)
@@ -66,14 +69,14 @@ class _Features:
 
     def gather(self) -> None:
         """Add up the processes' sums."""
-        add_over_ranks(self.counts, self.sums, self.squares)
+        add_over_ranks(*(getattr(self, name) for name in _SUMS))
 
     def solution(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return the centre (F,), the centred class means (C, F), which classes were seen (C,), and the covariance
         (F, F) in which each class counts the same, with its ridge."""
-        counts, sums, squares = (getattr(self, name).double().cpu().numpy() for name in _SUMS)
-        if not np.isfinite(squares).all():
-            raise ValueError('the features that the head was given are not finite.')
+        counts, sums, squares, (_, left_out) = (getattr(self, name).double().cpu().numpy() for name in _SUMS)
+        if left_out:
+            warnings.warn(f'{left_out:.0f} samples were left out: their features or targets are not finite.', stacklevel=4)
         seen = counts > 0
         means = np.divide(sums, counts[:, None], out=np.zeros_like(sums), where=seen[:, None])
         centre = means[seen].mean(axis=0)
@@ -89,6 +92,7 @@ class Primer:
 
     Args:
         heads: The heads of a model, the main one first.
+        ignore_index: The label of samples that are left out.
 
     Raises:
         ValueError: The neck of a head cannot be set, because of what another tool has put around it.
@@ -101,11 +105,11 @@ class Primer:
         >>> primer.finish()
     """
 
-    def __init__(self, heads: Sequence[DL2PAHead]):
+    def __init__(self, heads: Sequence[DL2PAHead], ignore_index: int = IGNORED):
         for head in heads:
             check_neck(head)
         self.heads = heads
-        self._statistics = [_Features(head) for head in heads]
+        self._statistics = [_Features(head, ignore_index) for head in heads]
 
     def add(self, targets: torch.Tensor) -> None:
         """Add the features of the last forward, with its targets (B,) or (B, C), of any kind that `as_labels` takes.
@@ -131,7 +135,9 @@ class Primer:
             found.gather()
         counts = self._statistics[0].counts
         if not counts.sum() > 0:
-            raise ValueError('loader has no batch: prime needs images of the classes.')
+            samples, left_out = self._statistics[0].tally.tolist()
+            raise ValueError(f'the features or targets of all {samples} samples are not finite: is the backbone sound?'
+                             if left_out else 'loader has no batch with labels: prime needs images of the classes.')
         solutions = [found.solution() for found in self._statistics]
         head, (centre, means, seen, covariance) = self.heads[0], solutions[0]
         if not seen.all():
@@ -176,6 +182,7 @@ def prime(
         *,
         max_batches: int | None = None,
         progress: bool = True,
+        ignore_index: int = IGNORED,
 ) -> float:
     """Set assignment, rotation of the prototypes and neck by a trained backbone's features, in one pass over images.
 
@@ -200,6 +207,8 @@ def prime(
         scheduler: The model's scheduler, if there is one.
         max_batches: Largest number of batches to take. A few dozen images a class suffice.
         progress: Show a bar on stderr (on rank 0).
+        ignore_index: The label of samples that are left out. Those whose features are not finite are left out too, with
+            a warning.
 
     Returns:
         The share of the prototypes' variance that the features explain, 0 to 1. (With `neck='none'` there is no fit: it
@@ -207,7 +216,7 @@ def prime(
 
     Raises:
         ValueError: The model has no DL2PA head or is sharded, the scheduler belongs to another model, the loader is
-            empty, targets do not fit, features are not finite, or the neck cannot be set: a parametrisation (spectral
+            empty, targets do not fit, no features are finite, or the neck cannot be set: a parametrisation (spectral
             norm), a hook (pruning) or an adapter stands in the way. The model was not changed.
 
     Example:
@@ -231,7 +240,7 @@ def prime(
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     modes = {module: module.training for module in inner.modules()}
-    primer = Primer(heads)
+    primer = Primer(heads, ignore_index)
     try:
         for module in modes:  # not by eval(), which a training task takes for the end of an epoch
             module.training = False
