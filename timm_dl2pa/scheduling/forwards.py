@@ -79,8 +79,8 @@ class Forwards:
     def _only(self) -> torch.Tensor:
         if not self._kept:
             raise RuntimeError('step() found no embeddings: call it once after each forward of the model in training '
-                               'mode. (A newer scheduler takes them over; a copy of a model reports to no scheduler. With PEFT, '
-                               'make the scheduler after get_peft_model.)')
+                               'mode. (A newer scheduler takes them over; a copy of a model reports to no scheduler. '
+                               'With PEFT, make the scheduler after get_peft_model.)')
         if len(self._kept) > 1:
             number = f'at least {_KEPT}' if len(self._kept) == _KEPT else len(self._kept)
             raise RuntimeError(f'{number} forwards in training mode came since the last step(), which cannot know '

@@ -76,7 +76,8 @@ class _Features:
         (F, F) in which each class counts the same, with its ridge."""
         counts, sums, squares, (_, left_out) = (getattr(self, name).double().cpu().numpy() for name in _SUMS)
         if left_out:
-            warnings.warn(f'{left_out:.0f} samples were left out: their features or targets are not finite.', stacklevel=4)
+            warnings.warn(f'{left_out:.0f} samples were left out: their features or targets are not finite.',
+                          stacklevel=4)
         seen = counts > 0
         means = np.divide(sums, counts[:, None], out=np.zeros_like(sums), where=seen[:, None])
         centre = means[seen].mean(axis=0)
