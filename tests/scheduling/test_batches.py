@@ -5,7 +5,7 @@ import timm
 import torch
 
 from timm_dl2pa import DL2PAHead, prime, wrap_dl2pa
-from timm_dl2pa.scheduling.checks import as_labels
+from timm_dl2pa.losses.targets import as_labels
 
 LABELS = torch.arange(12) % 4
 

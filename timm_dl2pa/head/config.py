@@ -5,7 +5,7 @@ from typing import Any
 
 from ..options import KINDS
 from ..recipes import DEFAULT_RECIPE, find_recipe
-from ..values import checked_value
+from ..values import checked_value, whole_number
 from .neck import NECKS, neck_shapes
 
 __all__ = ['DL2PAConfig', 'check_scale', 'default_scale']
@@ -32,7 +32,7 @@ def default_scale(num_classes: int) -> float:
         >>> round(default_scale(100), 1)
         13.7
     """
-    probability = 0.9999
+    num_classes, probability = whole_number('num_classes', num_classes, least=2), 0.9999
     return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
 
 

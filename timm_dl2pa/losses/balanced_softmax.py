@@ -71,11 +71,11 @@ class BalancedSoftmaxLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
-        logits, targets = plain_tensor(logits), plain_tensor(targets)
+        logits = plain_tensor(logits)
         classes = len(self.class_counts)
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise ValueError(f'logits must be (B, {classes}), not {tuple(logits.shape)}.')
-        targets = checked_targets(targets, len(logits), classes)
+        targets = checked_targets(targets, logits, classes)
         if self.class_counts.device != logits.device:
             self.to(logits.device)
         weights = self.class_weights(targets)

@@ -88,9 +88,9 @@ class _PrototypeLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
-        output, targets = plain_tensor(output), plain_tensor(targets)
+        output = plain_tensor(output)
         self._check_output(output)
-        targets = checked_targets(targets, len(output), self.head.num_classes)
+        targets = checked_targets(targets, output, self.head.num_classes)
         cosines = self._cosines(output, targets)
         weights = self.class_weights(targets)
         if self._needs_cross_entropy():

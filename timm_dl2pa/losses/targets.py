@@ -1,7 +1,12 @@
 """What the losses share: checked targets, samples that are left out, class counts, and the mean over a batch."""
+from typing import Any
+
+import numpy as np
 import torch
 
-__all__ = ['REDUCTIONS', 'check_reduction', 'checked_targets', 'counted', 'reduced']
+from ..head import plain_tensor
+
+__all__ = ['REDUCTIONS', 'as_labels', 'check_reduction', 'checked_targets', 'counted', 'reduced']
 
 REDUCTIONS = ('mean', 'sum', 'none')
 
@@ -13,21 +18,49 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
-def checked_targets(targets: torch.Tensor, size: int, num_classes: int) -> torch.Tensor:
-    """Return targets for B = `size` samples as class indices (B,) int64 or soft targets (B, C) float32.
+def as_labels(targets: Any) -> torch.Tensor:
+    """Return targets as a plain tensor: class indices (B,) as int64, soft targets (B, C) in their own dtype.
+
+    Never waits for the device; shapes are checked elsewhere.
+
+    Args:
+        targets: A tensor (also of a subclass, as fastai's), an array of numpy, or a sequence of numbers.
+
+    Raises:
+        ValueError: They are no numbers, or class indices that are not whole numbers.
+    """
+    if not isinstance(targets, torch.Tensor):
+        try:
+            targets = torch.as_tensor(np.asarray(targets) if isinstance(targets, (list, tuple)) else targets)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f'targets must be class indices (B,) or soft targets (B, C), as a tensor, an array or a '
+                             f'list of numbers, not a {type(targets).__name__} ({error}).') from None
+    targets = plain_tensor(targets)
+    if targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f'targets must be class indices (int64) or soft targets (float32), not {targets.dtype}.')
+    if targets.ndim == 1:
+        if targets.is_floating_point():
+            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), not '
+                             f'{targets.dtype}.')
+        return targets.long()
+    return targets
+
+
+def checked_targets(targets: Any, output: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return the targets of an output (B, ...) as class indices (B,) int64 or soft targets (B, C) float32.
 
     Raises:
         ValueError: They have another shape or a dtype that is neither; or, on the CPU, shares are negative.
     """
+    size, given = len(output), targets
+    targets = as_labels(targets)
+    if not isinstance(given, torch.Tensor):
+        targets = targets.to(output.device)
     if targets.shape not in ((size,), (size, num_classes)):
         raise ValueError(f'targets must be class indices ({size},) or soft targets ({size}, {num_classes}), not of the '
                          f'shape {tuple(targets.shape)}.')
-    if targets.is_complex():
-        raise ValueError(f'targets must be class indices or shares, not {targets.dtype}.')
     if targets.ndim == 1:
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices, not {targets.dtype}.')
-        return targets.long()
+        return targets
     targets = targets.float()
     # On a device this would wait for it.
     if targets.device.type == 'cpu' and not torch.compiler.is_compiling() and bool((targets < 0).any()):

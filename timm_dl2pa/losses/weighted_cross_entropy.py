@@ -3,6 +3,7 @@ import torch
 import torch.nn as nn
 
 from ..head import plain_tensor
+from ..values import real_number, whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, reduced
 
@@ -39,12 +40,10 @@ class WeightedCrossEntropyLoss(nn.Module):
             reduction: str = 'mean',
     ):
         super().__init__()
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f'label_smoothing must be from 0 to 1, not {label_smoothing!r}.')
-        self.num_classes = num_classes
+        self.num_classes = num_classes = whole_number('num_classes', num_classes, least=1)
         self.class_weights = ClassWeights(num_classes, class_weights, ignore_index)
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.label_smoothing = real_number('label_smoothing', label_smoothing, 0, 1)
+        self.ignore_index = whole_number('ignore_index', ignore_index)
         self.reduction = check_reduction(reduction)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -57,10 +56,10 @@ class WeightedCrossEntropyLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
-        logits, targets = plain_tensor(logits), plain_tensor(targets)
+        logits = plain_tensor(logits)
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(f'logits must be (B, {self.num_classes}), not {tuple(logits.shape)}.')
-        targets = checked_targets(targets, len(logits), self.num_classes)
+        targets = checked_targets(targets, logits, self.num_classes)
         weights = self.class_weights(targets)
         losses = nn.functional.cross_entropy(logits.float(), targets, weight=weights, ignore_index=self.ignore_index,
                                              label_smoothing=self.label_smoothing, reduction='none')

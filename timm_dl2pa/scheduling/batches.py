@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..head import plain_tensor
-from .checks import as_labels
+from ..losses.targets import as_labels
 
 __all__ = ['split_batch', 'to_model']
 

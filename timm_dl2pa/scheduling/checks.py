@@ -2,14 +2,13 @@
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 
-from ..head import DL2PAHead, left_out_by_peft, plain_tensor
+from ..head import DL2PAHead, left_out_by_peft
 from ..values import real_number, whole_number
 
-__all__ = ['as_labels', 'check_heads', 'check_numbers', 'check_scheduler_state']
+__all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
 
 
 def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
@@ -26,34 +25,6 @@ def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
                       f'training: give its name to the adapter, '
                       f"modules_to_save=['{left_out[0].rpartition('.')[2]}'].", stacklevel=3)
     return heads
-
-
-def as_labels(targets: Any) -> torch.Tensor:
-    """Return targets as a plain tensor: class indices (B,) as int64, soft targets (B, C) in their own dtype.
-
-    Never waits for the device; shapes are checked elsewhere.
-
-    Args:
-        targets: A tensor (also of a subclass, as fastai's), an array of numpy, or a sequence of numbers.
-
-    Raises:
-        ValueError: They are no numbers, or class indices that are not whole numbers.
-    """
-    if not isinstance(targets, torch.Tensor):
-        try:
-            targets = torch.as_tensor(np.asarray(targets) if isinstance(targets, (list, tuple)) else targets)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f'targets must be class indices (B,) or soft targets (B, C), as a tensor, an array or a '
-                             f'list of numbers, not a {type(targets).__name__} ({error}).') from None
-    targets = plain_tensor(targets)
-    if targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f'targets must be class indices (int64) or soft targets (float32), not {targets.dtype}.')
-    if targets.ndim == 1:
-        if targets.is_floating_point():
-            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), not '
-                             f'{targets.dtype}.')
-        return targets.long()
-    return targets
 
 
 def check_numbers(start: int, stop: int | None, momentum: float, ignore_index: int

@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import add_over_ranks, is_distributed, rank
+from ..values import whole_number
 from .targets import IGNORED, check_targets, shares_of
 
 __all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means']
@@ -37,8 +38,8 @@ class ClassMeans:
     """
 
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
-        self.num_classes = num_classes
-        self.dim = dim
+        self.num_classes = num_classes = whole_number('num_classes', num_classes, least=1)
+        self.dim = dim = whole_number('dim', dim, least=1)
         self.sums = torch.zeros(num_classes, dim, device=device, dtype=torch.float32)
         # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
         self.label_range = torch.tensor([0, 0], device=device)

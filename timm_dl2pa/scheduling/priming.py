@@ -13,8 +13,9 @@ from tqdm import tqdm
 from ..assignment import align_prototypes
 from ..distributed import add_over_ranks, rank, solve_on_rank_0
 from ..head import DL2PAHead, heads_of
+from ..losses.targets import as_labels
+from ..values import whole_number
 from .batches import split_batch, to_model
-from .checks import as_labels
 from .neck_fit import NeckMap, check_neck, refuse_sharded, write_neck
 from .scheduler import AssignmentScheduler
 from .targets import IGNORED, check_values, samples_that_count, shares_of
@@ -226,6 +227,8 @@ def prime(
         >>> 0 < explained <= 1 and not scheduler.warming_up
         True
     """
+    if max_batches is not None:
+        max_batches = whole_number('max_batches', max_batches, least=1)
     heads = heads_of(model)
     if not heads:
         raise ValueError(f'model ({type(model).__name__}) has no DL2PAHead: wrap it with wrap_dl2pa first.')

@@ -5,8 +5,10 @@ import torch
 import torch.nn as nn
 
 from ..head import heads_of
+from ..losses.targets import as_labels
 from ..recipes import find_recipe
-from .checks import as_labels, check_heads, check_numbers, check_scheduler_state
+from ..values import checked_value
+from .checks import check_heads, check_numbers, check_scheduler_state
 from .class_means import make_class_means
 from .clock import Clock, Duration
 from .forwards import Forwards
@@ -70,7 +72,7 @@ class AssignmentScheduler:
         self.recipe = find_recipe(head.config.recipe if recipe is None else recipe)
         self.start, self.stop, self.momentum, self.ignore_index = check_numbers(
             start, stop, self.recipe.momentum if momentum is None else momentum, ignore_index)
-        self.schedule, self.background = Schedule.of(interval), background
+        self.schedule, self.background = Schedule.of(interval), checked_value('background', background, bool)
         self.clock = Clock(total)
         self._recipe_length = Duration.of(self.recipe.warmup_length)  # read once: each batch of a warm-up asks
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
