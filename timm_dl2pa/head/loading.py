@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..assignment import check_assignment, restore_whole_numbers
-from ..files.folder import check_variances
+from ..files.tensors import check_variances
 from ..prototypes import check_prototypes, unit_rows
 from .config import MAX_LOG_SCALE, DL2PAConfig
 
