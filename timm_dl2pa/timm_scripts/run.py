@@ -14,6 +14,7 @@ import yaml
 
 from ..options import PREFIX, PluginOptions
 from ..values import shown
+from .creation import check_times
 from .hooks import plugged_in
 
 __all__ = ['run_script']
@@ -77,6 +78,8 @@ def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
     try:
         values = {name: _parse_value(value) for name, value in given.items()}
         plugin_options = PluginOptions.from_mapping(values) if values else None
+        if plugin_options:
+            check_times(plugin_options)
     except ValueError as error:
         parser.exit(2, f'timm-dl2pa run: {error}\n')
 
