@@ -120,6 +120,7 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_lag=0), 'dl2pa_lag must be at least 1, not 0. Leave it out for the default, 16.'),
     (dict(dl2pa_interval=0), 'dl2pa_interval must be at least 1, not 0'),
     (dict(dl2pa_interval='weekly'), "dl2pa_interval must be 'epoch' or a number of batches"),
+    (dict(dl2pa_interval='100:50,50:20'), "dl2pa_interval must not be '100:50,50:20': stages must end one after"),
     (dict(dl2pa_interval=10 ** 5000), 'dl2pa_interval must be at least 1, not a huge int'),
     (dict(dl2pa_warmup_length='long'), "dl2pa_warmup_length must be a number of batches >= 1, '5 epochs'"),
     (dict(dl2pa_warmup_length='9' * 101), 'dl2pa_warmup_length must have at most 100 characters, not 101'),
@@ -378,7 +379,6 @@ def test_distillation(tmp_path, kind, loss):
     (dict(dl2pa_loss='squared_cosine', criterion=BinaryCrossEntropy()), 'leave out either it or --bce-loss'),
     (dict(dl2pa_loss='dot_regression', criterion=JsdCrossEntropy()), 'leave out either it or --bce-loss'),
     (dict(dl2pa_loss='squared_cosine', dl2pa_learn_scale=True), 'would give the learned scale no gradient'),
-    (dict(dl2pa_interval='never'), "interval must be 'epoch' or a number of batches"),
     (dict(mixup=lambda x, y: (x, torch.ones(len(x), CLASSES))), 'multi-label targets'),
 ])
 def test_what_is_refused_before_training(tmp_path, options, reason):

@@ -63,8 +63,11 @@ class Schedule:
             raise ValueError(f"interval must be 'epoch' or a number of batches >= 1, a Schedule or its text "
                              f"'every:until,every', not {interval!r}.")
         pairs = [stage.split(':') for stage in found[1].split(',')]
-        return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),
-                   'epochs' if found[2] else 'batches')
+        try:
+            return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),
+                       'epochs' if found[2] else 'batches')
+        except ValueError as error:
+            raise ValueError(f'interval must not be {interval!r}: {error}') from None
 
     def due(self, count: int) -> bool:
         """Return whether a re-solve falls due after `count` batches, or epochs."""

@@ -72,7 +72,7 @@ def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
         parser.print_help()
         raise SystemExit(0 if rest else 2)
     script, argv = Path(rest[0]), rest[1:]
-    if not script.is_file():
+    if not os.path.isfile(script):  # also where the name is too long for a file's
         parser.exit(2, f'timm-dl2pa run: {script}: no such file. The first argument that is not a DL2PA option must be '
                        f'the path of the script.\n')
     try:
