@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, wrap_dl2pa
+from timm_dl2pa.head import NECKS
 from timm_dl2pa.models.registry import dl2pa
 from timm_dl2pa.options import KINDS, LOSSES, PREFIX, PluginOptions, names_of
 from timm_dl2pa.recipes import RECIPES
@@ -32,6 +33,11 @@ def test_the_scheduler_takes_its_options_with_the_tables_defaults():
         assert parameters[name].default == DEFAULTS[name], name
     # The recipe is the head's; the length of the training is the script's.
     assert parameters.keys() - set(names_of('scheduler')) == {'model', 'recipe', 'total'}
+
+
+def test_the_choices_are_those_of_what_takes_them():
+    choices = {spec.name: set(spec.metadata['choices']) for spec in fields(PluginOptions)}
+    assert choices['warmup'] == {'none', *WARMUPS} and choices['neck'] == set(NECKS)
 
 
 def test_a_saved_config_has_a_kind_for_every_value():

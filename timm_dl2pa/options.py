@@ -4,23 +4,61 @@ The dl2pa_... options of `create_model`, `--model-kwargs`, YAML files and `timm-
 the kinds of the values in saved configs and the table in the documentation. The signatures of `wrap_dl2pa`, `DL2PAHead`
 and `AssignmentScheduler` are checked against it by a test.
 """
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, find_recipe
-from .values import checked_value
+from .values import checked_value, shown
 
-__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'names_of']
+__all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'named_as_options', 'names_of']
 
 PREFIX = 'dl2pa_'
 LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
+NECKS = ('linear', 'linear_bn', 'none')
+WARMUPS = ('placed', 'rotated', 'none')
 # Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
 LOGIT_LOSSES = ('criterion', 'balanced_softmax')
 
 
-def _option(scope: str, default: Any, kinds: tuple[type, ...], help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={'scope': scope, 'kinds': kinds, 'help': help, 'choices': choices})
+# What a number must be, and a function that says whether it is that. NaN is none of these.
+_Range = tuple[str, Callable[[float], bool]]
+_AT_LEAST_0: _Range = ('at least 0', lambda number: 0 <= number < 2 ** 63)
+_AT_LEAST_1: _Range = ('at least 1', lambda number: 1 <= number < 2 ** 63)
+_FINITE: _Range = ('at least 0 and finite', lambda number: 0 <= number < math.inf)
+_POSITIVE: _Range = ('above 0 and finite', lambda number: 0 < number < 1e30)
+_SHARE: _Range = ('from 0 to 1', lambda number: 0 <= number <= 1)
+_SHARE_BELOW_1: _Range = ('from 0 to below 1', lambda number: 0 <= number < 1)
+# No text is longer, but paths.
+_LONGEST_TEXT = 100
+
+
+def _option(scope: str, default: Any, kinds: tuple[type, ...], help: str, choices: tuple[str, ...] = (),
+            limits: _Range | None = None) -> Any:
+    return field(default=default, metadata={'scope': scope, 'kinds': kinds, 'help': help, 'choices': choices,
+                                            'limits': limits})
+
+
+def _checked(spec: Field, value: Any) -> Any:
+    """Return a value of an option as a plain one, or raise a ValueError with the name, the value and the remedy."""
+    name, metadata = PREFIX + spec.name, spec.metadata
+    remedy = 'Leave it out for the default' + ('.' if spec.default is None else f', {spec.default}.')
+    try:
+        value = checked_value(name, value, metadata['kinds'])
+    except ValueError as error:
+        raise ValueError(f'{error} {remedy}') from None
+    if metadata['choices'] and value not in metadata['choices']:
+        raise ValueError(f'{name} must be one of {", ".join(metadata["choices"])}, not {shown(value)}. {remedy}')
+    if isinstance(value, str) and len(value) > _LONGEST_TEXT and spec.name != 'prototypes':
+        raise ValueError(f'{name} must have at most {_LONGEST_TEXT} characters, not {len(value)}. {remedy}')
+    if metadata['limits'] and not isinstance(value, str):
+        text, is_in_range = metadata['limits']
+        if not is_in_range(value):
+            raise ValueError(f'{name} must be {text}, not {shown(value)}. {remedy}')
+    return value
 
 
 @dataclass(frozen=True)
@@ -28,65 +66,63 @@ class PluginOptions:
     """What a person may set of the head and of its training in a script of timm's. Each name has the prefix dl2pa_.
 
     The metadata of a field are its row of the table: `scope` ('head' for arguments of `wrap_dl2pa`, 'scheduler' for
-    those of `AssignmentScheduler`, 'script' for what the plugin alone has), `kinds`, `help` and `choices`.
+    those of `AssignmentScheduler`, 'script' for what the plugin alone has), `kinds`, `help`, `choices` and `limits`.
 
     Raises:
-        ValueError: A value has the wrong type, or is not one of the choices. Ranges are checked by what the values are
-            for.
+        ValueError: A value has the wrong type, is not one of the choices, or is out of range. What depends on the model
+            and on other options is checked by what the values are for.
     """
     recipe: str = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for half of the '
                           'training), even (the evenly spread set, rotated once) or paper (the published method); sets '
                           'warm-up, loss, neck and scale', tuple(RECIPES))
-    dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings')
+    dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings', limits=_AT_LEAST_1)
     num_prototypes: int | None = _option('head', None, (int,), 'K, at least the number of classes (default: that '
-                                         'number)')
+                                         'number)', limits=_AT_LEAST_1)
     prototypes: str | None = _option('head', None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa '
                                      'prototypes --out` writes it (default: made with the seed)')
-    neck: str | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)")
+    neck: str | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)", NECKS)
     scale: float | None = _option('head', None, (int, float), 'a fixed factor on the cosines in the logits (default: '
-                                  'learned, or by the number of classes)')
+                                  'learned, or by the number of classes)', limits=_POSITIVE)
     learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if "
                                        'no scale is given and the loss takes logits)')
-    seed: int = _option('head', 0, (int,), 'of the prototypes')
+    seed: int = _option('head', 0, (int,), 'of the prototypes', limits=_AT_LEAST_0)
     loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
                                "dot_regression or balanced_softmax (both for long tails), which take its place "
                                "(default: the recipe's)", LOSSES)
     loss_weight: float | None = _option('script', None, (int, float), "factor on our losses (default: the recipe's or "
-                                        "the loss's own)")
+                                        "the loss's own)", limits=_POSITIVE)
+    class_weights: str | None = _option('script', None, (str,), 'auto: weigh each class in the loss by the inverse of '
+                                        'its number of samples (default: all classes weigh the same)', ('auto',))
     interval: int | str = _option('scheduler', 'epoch', (int, str), "re-solve after each 'epoch', or after so many "
-                                  "batches, or 'every:until,every' batches, e.g. 100:1000,1000")
-    warmup: str | None = _option('scheduler', None, (str,), "placed, rotated or none (default: the recipe's)")
+                                  "batches, or 'every:until,every' batches, e.g. 100:1000,1000", limits=_AT_LEAST_1)
+    warmup: str | None = _option('scheduler', None, (str,), "placed, rotated or none (default: the recipe's)",
+                                 WARMUPS)
     warmup_length: int | str | None = _option('scheduler', None, (int, str), "a number of batches, '5 epochs', half or "
-                                              "30% of the training (default: the recipe's)")
+                                              "30% of the training (default: the recipe's)", limits=_AT_LEAST_1)
     evenness: float | None = _option('scheduler', None, (int, float), 'how strongly prototypes are kept apart while '
-                                     'they are placed, at least 0 (default: (2 d / C)^2, at most 4)')
-    start: int = _option('scheduler', 0, (int,), 'no re-solve before so many epochs, or batches')
+                                     'they are placed, at least 0 (default: (2 d / C)^2, at most 4)', limits=_FINITE)
+    start: int = _option('scheduler', 0, (int,), 'no re-solve before so many epochs, or batches', limits=_AT_LEAST_0)
     stop: int | None = _option('scheduler', None, (int,), 'none after so many; 0 keeps the assignment static (default: '
-                               'never stops)')
+                               'never stops)', limits=_AT_LEAST_0)
     momentum: float | None = _option('scheduler', None, (int, float), "factor on the class sums after each re-solve "
-                                     "(default: the recipe's)")
+                                     "(default: the recipe's)", limits=_SHARE)
     min_gain: float = _option('scheduler', 0.0, (int, float), 'least gain in the objective, as a share of it, below '
-                              'which nothing moves')
+                              'which nothing moves', limits=_SHARE_BELOW_1)
     background: bool = _option('scheduler', False, (bool,), 'solve beside the training, and take the answer some '
                                'batches later')
-    lag: int = _option('scheduler', 16, (int,), 'how many batches later')
+    lag: int = _option('scheduler', 16, (int,), 'how many batches later', limits=_AT_LEAST_1)
     prime: int = _option('script', 0, (int,), 'number of batches at the start that are not trained on, but set '
-                         'assignment and neck by a pretrained backbone; takes the place of the warm-up')
+                         'assignment and neck by a pretrained backbone; takes the place of the warm-up',
+                         limits=_AT_LEAST_0)
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value, choices = getattr(self, spec.name), spec.metadata['choices']
-            if value is None and spec.default is None:
-                continue
-            value = checked_value(PREFIX + spec.name, value, spec.metadata['kinds'])
-            object.__setattr__(self, spec.name, value)
-            if choices and value not in choices:
-                raise ValueError(f'{PREFIX}{spec.name} must be one of {", ".join(choices)}, not {value!r}.')
+            value = getattr(self, spec.name)
+            if value is not None or spec.default is not None:
+                object.__setattr__(self, spec.name, _checked(spec, value))
         recipe = self.recipe_parts
         if self.loss is None:
             object.__setattr__(self, 'loss', recipe.loss)
-        if self.prime < 0:
-            raise ValueError(f'{PREFIX}prime must be at least 0, not {self.prime}.')
         if self.loss in LOGIT_LOSSES and self.loss_weight is not None:
             raise ValueError(f'{PREFIX}loss_weight is for our losses: it has no meaning with '
                              f'{PREFIX}loss={self.loss!r}.')
@@ -135,6 +171,22 @@ class PluginOptions:
         recipe = self.recipe_parts
         weight = {} if self.loss_weight is None else {'weight': self.loss_weight}
         return {**(recipe.loss_arguments if self.loss == recipe.loss else {}), **weight}
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """Context manager for what takes values of options: an error that begins with the name of one gets the prefix.
+
+    Raises:
+        ValueError: With the name of the option as it was given.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name = re.match(r'\w*', str(error))[0]
+        if name in (spec.name for spec in fields(PluginOptions)):
+            raise ValueError(f'{PREFIX}{error}') from error
+        raise
 
 
 def names_of(scope: str) -> tuple[str, ...]:

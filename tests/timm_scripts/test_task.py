@@ -6,6 +6,7 @@ import logging
 import math
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import timm
 import timm.models._factory as factory
@@ -108,11 +109,54 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
     (dict(dl2pa_recipe='fast'), "dl2pa_recipe must be one of placed, even, paper, not 'fast'"),
     (dict(dl2pa_warmup_epochs=1), 'dl2pa_warmup_epochs: no such option'),
-    (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1'),
+    (dict(dl2pa_prime=-1), 'dl2pa_prime must be at least 0, not -1. Leave it out for the default, 0.'),
+    (dict(dl2pa_dim=float('nan')), 'dl2pa_dim must be int, not nan'),
+    (dict(dl2pa_dim=0), 'dl2pa_dim must be at least 1, not 0'),
+    (dict(dl2pa_scale=float('nan')), 'dl2pa_scale must be above 0 and finite, not nan. Leave it out for the default.'),
+    (dict(dl2pa_scale=1e-9), 'dl2pa_scale must be between 1e-06 and 1e'),
+    (dict(dl2pa_start='5'), "dl2pa_start must be int, not '5'"),
+    (dict(dl2pa_start=2.0), 'dl2pa_start must be int, not 2.0'),
+    (dict(dl2pa_stop=-1), 'dl2pa_stop must be at least 0, not -1'),
+    (dict(dl2pa_lag=0), 'dl2pa_lag must be at least 1, not 0. Leave it out for the default, 16.'),
+    (dict(dl2pa_interval=0), 'dl2pa_interval must be at least 1, not 0'),
+    (dict(dl2pa_interval='weekly'), "dl2pa_interval must be 'epoch' or a number of batches"),
+    (dict(dl2pa_interval='100:50,50:20'), "dl2pa_interval must not be '100:50,50:20': stages must end one after"),
+    (dict(dl2pa_interval=10 ** 5000), 'dl2pa_interval must be at least 1, not a huge int'),
+    (dict(dl2pa_warmup_length='long'), "dl2pa_warmup_length must be a number of batches >= 1, '5 epochs'"),
+    (dict(dl2pa_warmup_length='9' * 101), 'dl2pa_warmup_length must have at most 100 characters, not 101'),
+    (dict(dl2pa_warmup='slow'), 'dl2pa_warmup must be one of placed, rotated, none'),
+    (dict(dl2pa_neck='mlp'), 'dl2pa_neck must be one of linear, linear_bn, none'),
+    (dict(dl2pa_neck='none'), "dl2pa_neck='none' uses the features as the embedding, so dim must be their number"),
+    (dict(dl2pa_num_prototypes=2), 'dl2pa_num_prototypes must be at least num_classes=5'),
+    (dict(dl2pa_momentum=1.5), 'dl2pa_momentum must be from 0 to 1, not 1.5'),
+    (dict(dl2pa_min_gain=1), 'dl2pa_min_gain must be from 0 to below 1, not 1'),
+    (dict(dl2pa_evenness=math.inf), 'dl2pa_evenness must be at least 0 and finite, not inf'),
+    (dict(dl2pa_loss='squared_cosine', dl2pa_loss_weight=math.nan), 'dl2pa_loss_weight must be above 0'),
+    (dict(dl2pa_class_weights='inverse'), "dl2pa_class_weights must be one of auto, not 'inverse'"),
 ])
 def test_options_that_are_no_good(options, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError) as error:
         make_model(**options)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['dim', 'seed', 'interval', 'start', 'min_gain', 'background', 'lag', 'prime'])
+def test_none_is_no_value_of_options_that_have_one(name):
+    """timm leaves arguments of None out; others do not."""
+    with pytest.raises(ValueError, match=f'dl2pa_{name} must be .*, not None. Leave it out for the default, '):
+        PluginOptions.take({f'dl2pa_{name}': None})
+
+
+def test_options_that_do_not_fit_one_another():
+    model = make_model(dl2pa_dim=3, dl2pa_recipe='paper', dl2pa_evenness=1.0)
+    with pytest.raises(ValueError, match=r"^dl2pa_evenness=1\.0 is for the warm-up 'placed'"):
+        ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss())
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones():
+    options = make_model(dl2pa_dim=np.int64(3), dl2pa_scale=np.float32(8), dl2pa_lag=torch.tensor(4)).dl2pa_options
+    assert (options.dim, options.scale, options.lag) == (3, 8.0, 4)
+    assert {type(value) for value in (options.dim, options.lag)} == {int} and type(options.scale) is float
 
 
 def test_a_first_model_alone_gets_the_options_of_a_script_that_passes_none():
@@ -335,7 +379,6 @@ def test_distillation(tmp_path, kind, loss):
     (dict(dl2pa_loss='squared_cosine', criterion=BinaryCrossEntropy()), 'leave out either it or --bce-loss'),
     (dict(dl2pa_loss='dot_regression', criterion=JsdCrossEntropy()), 'leave out either it or --bce-loss'),
     (dict(dl2pa_loss='squared_cosine', dl2pa_learn_scale=True), 'would give the learned scale no gradient'),
-    (dict(dl2pa_interval='never'), "interval must be 'epoch' or a number of batches"),
     (dict(mixup=lambda x, y: (x, torch.ones(len(x), CLASSES))), 'multi-label targets'),
 ])
 def test_what_is_refused_before_training(tmp_path, options, reason):

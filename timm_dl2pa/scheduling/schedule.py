@@ -71,8 +71,11 @@ class Schedule:
         if not found:
             raise ValueError(f'{_INTERVALS}, not {interval!r}.')
         pairs = [stage.split(':') for stage in found[1].split(',')]
-        return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),
-                   'epochs' if found[2] else 'batches')
+        try:
+            return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),
+                       'epochs' if found[2] else 'batches')
+        except ValueError as error:
+            raise ValueError(f'interval must not be {interval!r}: {error}') from None
 
     def due(self, count: int) -> bool:
         """Return whether a re-solve falls due after `count` batches, or epochs."""

@@ -134,7 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             args=_checked_args(contents.get('args')),
             epoch=epoch if is_kind(epoch, int) else None,
             metric=metric if is_kind(metric, (int, float)) else None,
-            options=_checked_mapping(task.get('options') or {}, 'task_state.dl2pa.options'),
+            options=_checked_mapping(task.get('options', {}), 'task_state.dl2pa.options'),
             record=_checked_record(task) if 'scheduler' in task else None,
         )
     except ValueError as error:
@@ -215,7 +215,7 @@ def _checked_record(task: dict[str, Any]) -> AssignmentRecord:
     try:
         scheduler, batches = task['scheduler'], task['batches']
         steps, epochs, history = scheduler['steps'], scheduler['epochs'], scheduler['resolver']['history']
-        sums = (scheduler.get('class_means') or {}).get('sums')
+        means, due = scheduler.get('class_means'), scheduler.get('due')
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f'{where} is not the state of an AssignmentScheduler: {type(error).__name__} '
                          f'{one_line(error)}.') from None
@@ -227,11 +227,12 @@ def _checked_record(task: dict[str, Any]) -> AssignmentRecord:
             if not isinstance(entry, dict) or not is_kind(entry.get(spec.name), _KINDS[spec.type]):
                 raise ValueError(f'{where} is not the state of an AssignmentScheduler: update {index} of its history '
                                  f'must have {spec.name}, of the type {spec.type.__name__}.')
+    sums = means.get('sums') if isinstance(means, dict) else None
     if not isinstance(sums, torch.Tensor) or sums.dim() != 2:
         sums = None
     else:
         _check_is_stored(sums, f'{where}.class_means.sums')
-    return AssignmentRecord(batches=steps, epochs=epochs + bool(batches), due=scheduler.get('due') is True,
+    return AssignmentRecord(batches=steps, epochs=epochs + bool(batches), due=due is True,
                             history=history, class_sums=sums)
 
 

@@ -60,9 +60,9 @@ def load_wrapped(
     state = checkpoint.averaged_state if use_ema else checkpoint.state
     prefix, (prototypes, assignment) = next(iter(checkpoint.heads(use_ema).items()))
     arguments = {**_model_arguments(checkpoint), **(model_kwargs or {})}
-    recorded = arguments.pop('dl2pa_backbone', None) or getattr(checkpoint.args, 'model', None)
-    name = model or recorded
-    if not name:
+    backbone = arguments.pop('dl2pa_backbone', None)
+    name = model or (getattr(checkpoint.args, 'model', None) if backbone is None else backbone)
+    if name is None:
         raise ValueError(f'{path} does not name its backbone: give --model.')
     if not model and not (isinstance(name, str) and timm.is_model(name)):
         raise ValueError(f"{path} names the backbone {shown(name)}, which is not in timm's registry: give --model, "

@@ -11,9 +11,10 @@ from timm.models import load_state_dict
 
 from ..head import head_prefixes, load_neck
 from ..models import wrap_dl2pa
-from ..options import PREFIX, PluginOptions
+from ..options import PREFIX, PluginOptions, named_as_options
+from ..scheduling import Duration, Schedule
 
-__all__ = ['create_registered', 'create_wrapped', 'plugin_options']
+__all__ = ['check_times', 'create_registered', 'create_wrapped', 'plugin_options']
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +31,21 @@ def plugin_options(model: nn.Module) -> PluginOptions | None:
         The options, or None if the model was created without any.
     """
     return getattr(model, _OPTIONS_ATTRIBUTE, None)
+
+
+def check_times(options: PluginOptions) -> None:
+    """Check the texts of an interval and a length, before a model is made.
+
+    Args:
+        options: The options of the training.
+
+    Raises:
+        ValueError: One of them cannot be read. The option is named.
+    """
+    with named_as_options():
+        Schedule.of(options.interval)
+        if options.warmup_length is not None:
+            Duration.of(options.warmup_length, 'warmup_length')
 
 
 def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptions, **arguments: Any) -> nn.Module:
@@ -49,6 +65,7 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
     Raises:
         ValueError: The model is to be scripted, or cannot be wrapped.
     """
+    check_times(options)
     if is_scriptable():
         raise ValueError('a model with a DL2PA head cannot be made for TorchScript: leave out --torchscript, or use '
                          '--torchcompile.')
@@ -66,7 +83,8 @@ def create_wrapped(make_backbone: Callable[..., nn.Module], options: PluginOptio
     model = make_backbone(**arguments)
     if head_state:
         model.pretrained_cfg.update(file=source, state_dict=None)
-    wrap_dl2pa(model, **options.head_arguments())
+    with named_as_options():
+        wrap_dl2pa(model, **options.head_arguments())
     if head_state:
         _load_old_neck(model, head_state, source)
     setattr(model, _OPTIONS_ATTRIBUTE, options)
@@ -84,8 +102,10 @@ def create_registered(make_model: Callable[..., nn.Module], options: PluginOptio
     Returns:
         The wrapped model, which `plugin_options` recognises.
     """
+    check_times(options)
     head = {PREFIX + name: value for name, value in options.head_arguments().items()}
-    model = make_model(**arguments, **head)
+    with named_as_options():
+        model = make_model(**arguments, **head)
     setattr(model, _OPTIONS_ATTRIBUTE, options)
     return model
 

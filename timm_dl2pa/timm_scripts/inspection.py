@@ -3,6 +3,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..options import PREFIX
 from ..prototypes import unit_rows
 from ..prototypes.nearest import margins
@@ -45,8 +47,8 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
             scale = f'{state[prefix + "log_scale"].float().exp().item():.4g} (learned)'
         else:
             scale = f'{state[prefix + "scale"].item():.4g}' if prefix + 'scale' in state else 'unknown'
-        neck = sum(value.numel() for name, value in state.items()
-                   if name.startswith(prefix + 'neck.') and name.endswith(('weight', 'bias')))
+        neck = sum(value.numel() for name, value in state.items() if isinstance(value, torch.Tensor)
+                   and name.startswith(prefix + 'neck.') and name.endswith(('weight', 'bias')))
         yield (f'{"head":<14} {_text(prefix.rstrip(".") or "(the model itself)")}: {len(assignment)} classes, '
                f'{len(prototypes)} prototypes in {prototypes.shape[1]} dimensions, scale {scale}, {neck} parameters')
 

@@ -37,7 +37,7 @@ def read_training(checkpoint: Checkpoint) -> Training:
     if not vars(script_args):
         script_args = _read_args_yaml(path.with_name('args.yaml'))
     given = {name: getattr(script_args, name, None) for name in _SETTINGS}
-    settings = {name: value for name, value in given.items() if value and isinstance(value, (str, int, float))}
+    settings = {name: value for name, value in given.items() if isinstance(value, (str, int, float)) and value}
     if isinstance(settings.get('dataset'), str) and ('/' in settings['dataset'] or '\\' in settings['dataset']):
         del settings['dataset']
     epochs = _read_summary(path.with_name('summary.csv'))
@@ -72,7 +72,8 @@ def metrics_of(training: Training, checkpoint: Checkpoint, use_ema: bool) -> dic
     Returns:
         'accuracy' and 'top-5 accuracy', as far as they are known, as fractions.
     """
-    measured_ema = checkpoint.averaged_state is not None and not getattr(checkpoint.args, 'model_ema_force_cpu', False)
+    on_cpu = getattr(checkpoint.args, 'model_ema_force_cpu', False) is True
+    measured_ema = checkpoint.averaged_state is not None and not on_cpu
     if measured_ema != use_ema:
         return {}
     percent = {}

@@ -14,6 +14,7 @@ import yaml
 
 from ..options import PREFIX, PluginOptions
 from ..values import shown
+from .creation import check_times
 from .hooks import plugged_in
 
 __all__ = ['run_script']
@@ -71,12 +72,14 @@ def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
         parser.print_help()
         raise SystemExit(0 if rest else 2)
     script, argv = Path(rest[0]), rest[1:]
-    if not script.is_file():
+    if not os.path.isfile(script):  # also where the name is too long for a file's
         parser.exit(2, f'timm-dl2pa run: {script}: no such file. The first argument that is not a DL2PA option must be '
                        f'the path of the script.\n')
     try:
         values = {name: _parse_value(value) for name, value in given.items()}
         plugin_options = PluginOptions.from_mapping(values) if values else None
+        if plugin_options:
+            check_times(plugin_options)
     except ValueError as error:
         parser.exit(2, f'timm-dl2pa run: {error}\n')
 

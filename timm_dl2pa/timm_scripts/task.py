@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
 from ..distributed import solve_on_rank_0
 from ..head import heads_of
-from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss
+from ..losses import BalancedSoftmaxLoss
+from ..options import named_as_options
 from ..scheduling import AssignmentScheduler, AssignmentUpdate, Duration, Primer
 from .creation import plugin_options
+from .criterion import PROTOTYPE_LOSSES, ClassWeights, make_criterion
 
 __all__ = ['DL2PATask', 'task_class_for']
 
 _logger = logging.getLogger(__name__)
 
 RECORD_NAME = 'dl2pa.csv'
-
-_LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}
 
 
 class DL2PATask(TrainingTask):
@@ -54,10 +53,18 @@ class DL2PATask(TrainingTask):
         if options.prime:
             # Priming replaces the warm-up. The options of a warm-up are ignored.
             arguments.update(warmup='none', evenness=None)
-        self.assignment_scheduler = AssignmentScheduler(self.get_trainable_module(), **arguments)
+        with named_as_options():
+            self.assignment_scheduler = AssignmentScheduler(self.get_trainable_module(), **arguments)
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
-        loss_description = self._install_loss()
+        head = self.dl2pa_heads[0]
+        self._class_weights = ClassWeights(head.num_classes, head.prototypes.device) if options.class_weights else None
+        self.criterion, loss_description = make_criterion(self.criterion, options, head, self._class_weights)
+        # In training these losses need no (B, C) logits. Other distillation tasks compare logits, and a model with
+        # several classifiers averages them.
+        if options.loss in PROTOTYPE_LOSSES and len(self.dl2pa_heads) == 1 \
+                and isinstance(self, (ClassificationTask, FeatureDistillationTask)):
+            head.config = replace(head.config, train_output='embeddings')
         self.dl2pa_heads[0].training_view.on_mode = self._on_mode
         # The batches and optimiser updates since the model was last set to training mode.
         self._batches = 0
@@ -89,25 +96,6 @@ class DL2PATask(TrainingTask):
             parts.append(f'after a warm-up of {length} ({scheduler.warmup.name})')
         _logger.info('DL2PA: ' + ', '.join(parts))
 
-    def _install_loss(self) -> str:
-        """Replace the criterion by a loss of this package if the options name one; return a remark for the log."""
-        options, head = self.dl2pa_options, self.dl2pa_heads[0]
-        if options.loss == 'criterion':
-            return f' ({type(self.criterion).__name__})'
-        if isinstance(self.criterion, (BinaryCrossEntropy, JsdCrossEntropy)):
-            raise ValueError(f'dl2pa_loss={options.loss} replaces the criterion, here '
-                             f'{type(self.criterion).__name__}: leave out either it or --bce-loss / --jsd-loss.')
-        replaced = type(self.criterion).__name__
-        if options.loss == 'balanced_softmax':
-            self.criterion = BalancedSoftmaxLoss(head.num_classes).to(head.prototypes.device)
-            return f' (in place of {replaced})'
-        self.criterion = _LOSSES[options.loss](head, **options.loss_arguments())
-        # In training the loss needs no (B, C) logits. Other distillation tasks compare logits, and a model with several
-        # classifiers averages them.
-        if isinstance(self, (ClassificationTask, FeatureDistillationTask)) and len(self.dl2pa_heads) == 1:
-            head.config = replace(head.config, train_output='embeddings')
-        return f' (in place of {replaced})'
-
     def _on_mode(self, training: bool) -> None:
         if not self._batches:
             return
@@ -131,6 +119,9 @@ class DL2PATask(TrainingTask):
             return super().forward(input, target)
         if not self._first_batch_checked:
             self._check_first_batch(target)
+        if self._class_weights is not None:
+            self._class_weights.add(target)
+            self._class_weights.apply_to(self.criterion)
         if self._primer is not None:
             if self._primed_batches < self.dl2pa_options.prime:
                 return self._collect_for_priming(input, target)
@@ -259,6 +250,7 @@ class DL2PATask(TrainingTask):
                 'primed_batches': self._primed_batches,
                 'primer': self._primer and self._primer.state_dict(),
                 'criterion': self._criterion_state(),
+                'class_weights': self._class_weights and self._class_weights.state_dict(),
                 'scheduler': self.assignment_scheduler.state_dict(),
             }
         return state
@@ -291,6 +283,9 @@ class DL2PATask(TrainingTask):
         counts = state['dl2pa'].get('criterion')
         if counts and isinstance(self.criterion, BalancedSoftmaxLoss):
             self.criterion.load_state_dict(counts)
+        class_weights = state['dl2pa'].get('class_weights')
+        if class_weights and self._class_weights is not None:
+            self._class_weights.load_state_dict(class_weights)
         primer = state['dl2pa'].get('primer')
         if self._primer is not None and primer is not None:
             self._primer.load_state_dict(primer)
