@@ -69,9 +69,9 @@ class PaperRule:
         self.table = F.normalize(draw, dim=1).to(head.prototypes.device)
         self.moved: list[int] = []
         self.resolve()
-        head.training_view.on_embeddings = self._observe
+        head.training_view.on_forward = self._observe
 
-    def _observe(self, embeddings: torch.Tensor) -> None:
+    def _observe(self, embeddings: torch.Tensor, output: torch.Tensor) -> None:
         self.embeddings = embeddings
 
     def step(self, targets: torch.Tensor) -> None:

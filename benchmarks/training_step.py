@@ -107,30 +107,30 @@ class GraphedStep:
         self._replay()
         self.replays += 1
         if self._seen:
-            self.head.training_view.on_embeddings(self._seen[-1])
+            self.head.training_view.on_forward(*self._seen[-1])
         return self._loss
 
     def _record(self, x: torch.Tensor, targets: torch.Tensor) -> None:
         self._x, self._targets = x.clone(memory_format=torch.preserve_format), targets.clone()
         self._rate = torch.zeros((), device=x.device)
         self._loss = torch.zeros((), device=x.device)
-        self._seen: list[torch.Tensor] = []
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         observer = None
         if self.head is not None:
-            observer = self.head.training_view.on_embeddings
+            observer = self.head.training_view.on_forward
             if observer is not None:
-                self.head.training_view.on_embeddings = self._observe
+                self.head.training_view.on_forward = self._observe
         # Those of before lie elsewhere.
         self.plain.optimizer.zero_grad(set_to_none=True)
         try:
             replay = self.record(self._step)
         finally:
             if observer is not None:
-                self.head.training_view.on_embeddings = observer
+                self.head.training_view.on_forward = observer
         self._replay = replay
 
-    def _observe(self, embeddings: torch.Tensor) -> None:
-        self._seen[:] = [embeddings]
+    def _observe(self, embeddings: torch.Tensor, output: torch.Tensor) -> None:
+        self._seen[:] = [(embeddings, output)]
 
     def _step(self) -> None:
         self._loss.copy_(self.plain.gradients(self._x, self._targets))

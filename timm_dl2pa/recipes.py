@@ -63,6 +63,6 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ValueError: There is none.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f'recipe must be one of {", ".join(RECIPES)}, not {name!r}.')
     return RECIPES[name]

@@ -1,8 +1,9 @@
 """Plain Python values of what people give: a number of numpy's or torch's becomes Python's, and its type is checked."""
+import math
 import reprlib
 from typing import Any
 
-__all__ = ['checked_value', 'is_kind', 'plain_value', 'shown']
+__all__ = ['checked_value', 'is_kind', 'plain_value', 'real_number', 'shown', 'whole_number']
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
@@ -55,3 +56,41 @@ def checked_value(name: str, value: Any, kinds: type | tuple[type, ...]) -> Any:
         expected = ' or '.join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
         raise ValueError(f'{name} must be {expected}, not {shown(value)}.')
     return value
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None, remedy: str = '') -> int:
+    """Return a whole number of Python, numpy or torch as an int.
+
+    Args:
+        name: The name of the argument for error messages.
+        value: The number. No bool, no float.
+        least: The smallest value allowed.
+        most: The largest value allowed.
+        remedy: A sentence for the end of the error.
+
+    Raises:
+        ValueError: It is none, or out of range.
+    """
+    number = plain_value(value)
+    if not is_kind(number, int):
+        raise ValueError(f'{name} must be a whole number, not {shown(value)}.{remedy and " " + remedy}')
+    _check_range(name, number, least, most, remedy)
+    return number
+
+
+def real_number(name: str, value: Any, least: float | None = None, most: float | None = None, remedy: str = ''
+                ) -> float:
+    """Return a number of Python, numpy or torch that is not NaN as a float. See `whole_number`."""
+    number = plain_value(value)
+    if not is_kind(number, (int, float)) or math.isnan(number):
+        raise ValueError(f'{name} must be a number, not {shown(value)}.{remedy and " " + remedy}')
+    _check_range(name, number, least, most, remedy)
+    return float(number)
+
+
+def _check_range(name: str, number: float, least: float | None, most: float | None, remedy: str) -> None:
+    if (least is None or number >= least) and (most is None or number <= most):
+        return
+    bounds = f'from {least} to {most}' if None not in (least, most) else \
+        f'at least {least}' if least is not None else f'at most {most}'
+    raise ValueError(f'{name} must be {bounds}, not {number}.{remedy and " " + remedy}')

@@ -126,12 +126,12 @@ def rerun(head):
     The head's observer is that of the recording then: a graph has the kernels, and nothing that Python did.
     """
     def record(function):
-        view, observer = head.training_view, head.training_view.on_embeddings
+        view, observer = head.training_view, head.training_view.on_forward
 
         def replay():
-            current, view.on_embeddings = view.on_embeddings, observer
+            current, view.on_forward = view.on_forward, observer
             function()
-            view.on_embeddings = current
+            view.on_forward = current
         return replay
     return record
 

@@ -1,12 +1,18 @@
 """Model cards: metadata, figures, picture; and what they take from a training."""
 import io
 import logging
+import re
 import sys
+import unicodedata
 
+import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers.stand_in import train
 from timm_dl2pa import DL2PAHead, push_head_to_hub, push_model_to_hub, wrap_dl2pa
@@ -14,6 +20,7 @@ from timm_dl2pa.cli import main
 from timm_dl2pa.files import card as card_module
 from timm_dl2pa.files.card import Facts, Training, card_files
 from timm_dl2pa.files.card_picture import plane_of
+from timm_dl2pa.files.markdown import escaped
 from timm_dl2pa.timm_scripts import plugged_in
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore:.*HTTP upload')]
@@ -48,6 +55,58 @@ def test_metadata(head):
     assert 'timm_dl2pa' not in card_of(head, 'folded')[0].data.tags
 
 
+@pytest.mark.parametrize('value', [np.float64(0.75), np.float32(0.75), torch.tensor(0.75), np.array(0.75),
+                                   torch.nn.Parameter(torch.tensor(0.75, dtype=torch.float64)), np.float16(0.75)])
+def test_metrics_are_plain_numbers(head, value):
+    card, text = card_of(head, metrics={np.str_('accuracy'): value, 'images': np.int64(5000)})
+    assert '!!python' not in text and yaml.safe_load(text.split('---')[1])['metrics'] == ['accuracy', 'images']
+    assert [result.metric_value for result in card.data.eval_results] == [0.75, 5000]
+    assert '| accuracy | 0.75 |' in text and '| images | 5000 |' in text
+
+
+@pytest.mark.parametrize('metrics, message', [
+    ({'accuracy': float('nan')}, 'metrics: accuracy must be finite, not nan'),
+    ({'accuracy': torch.tensor([0.5])}, 'metrics: accuracy must be int or float, not tensor'),
+    ({'accuracy': '0.5'}, "metrics: accuracy must be int or float, not '0.5'"),
+    ({'accuracy': True}, 'metrics: accuracy must be int or float, not True'),
+    ({5: 0.5}, 'the name of a metric must be str, not 5'), ([0.5], 'metrics must be a mapping')])
+def test_what_is_no_metric(head, metrics, message):
+    with pytest.raises(ValueError, match=message):
+        card_of(head, metrics=metrics)
+
+
+EVIL = ['# head\nline', '![a](http://a.b/c.png)', '<script>alert(1)</script>', '`code` *bold* __bold__ ~~gone~~',
+        '| a | b |\x00\x1b[1m $x$ &amp; www.evil.com @me :smile: \\']
+
+
+def test_texts_of_others_are_no_markup(head):
+    training = Training(settings={'opt': EVIL[0], 'aa': EVIL[2], 'sched': [EVIL[1]]}, history=[
+        dict(event=EVIL[1], epoch=EVIL[2], step=[EVIL[3]], moved=1, objective_before=1.0, objective=2.5)])
+    text = card_of(head, label_names=EVIL, training=training, backbone=EVIL[2], backbone_license=EVIL[1],
+                   metrics={EVIL[3]: 0.5})[1]
+    body = text.split('---\n', 2)[2]
+    ours = card_of(head, label_names=list('abcde'), backbone='resnet18', backbone_license='mit',
+                   metrics={'metric': 0.5}, training=Training(settings={'opt': 'a', 'aa': 'b', 'sched': 'c'}, history=[
+                       dict(event='a', epoch=0, step=0, moved=1, objective_before=1.0, objective=2.5)]))[1]
+    plain = ours.split('---\n', 2)[2]
+    # What is left without the escapes has the markup that the card has of its own.
+    left = re.sub(r'\\[!-/:-@\[-`{-~]', '', body)
+    for mark in '<>![$&*~@:':
+        assert left.count(mark) == plain.count(mark), mark
+    for row in body.splitlines():
+        assert not row.startswith('#') or row in plain
+    tables = [re.sub(r'\\.', '', row).count('|') for row in body.splitlines() if row.startswith('|')]
+    assert tables == [row.count('|') for row in plain.splitlines() if row.startswith('|')]
+    assert '\x00' not in body and '\x1b' not in body
+
+
+@given(text=st.text(max_size=30))
+@settings(deadline=None, max_examples=50)
+def test_escaped_texts_read_as_they_are(text):
+    shown = re.sub(r'\\([!-/:-@\[-`{-~])', r'\1', escaped(text))
+    assert shown.split() == ''.join(' ' if unicodedata.category(one) == 'Cc' else one for one in text).split()
+
+
 @pytest.mark.parametrize('given, backbone, license, name', [
     (None, 'apache-2.0', 'apache-2.0', None), (None, 'fastvit-license', 'other', 'fastvit-license'),
     (None, 'unknown', None, None), ('mit', 'apache-2.0', 'mit', None), ('', 'apache-2.0', None, None)])
@@ -77,13 +136,13 @@ def test_loading_lines_run(head, hub, monkeypatch):
         else:
             assert torch.equal(found['model'].eval()(x).argsort(), model(x).argsort())
         assert 'license: apache-2.0' in text or name == 'head'
-    assert '| backbone | test_resnet.r160_in1k |' in hub.files('me/head')['README.md'].decode()
+    assert '| backbone | `test_resnet.r160_in1k` |' in hub.files('me/head')['README.md'].decode()
 
 
 def test_nearest_classes(head):
     means = torch.nn.functional.normalize(torch.tensor([[1, 0, 0], [0, 1, 0], [1, .1, 0], [0, 0, 0], [0, 0, 1.]]))
     _, text = card_of(head, class_means=means, label_names=NAMES)
-    assert 'by the mean directions of their embeddings' in text and '| cat | $a$ | 5.7 |' in text
+    assert 'by the mean directions of their embeddings' in text and r'| cat | \$a\$ | 5.7 |' in text
     table = text.split('Nearest classes')[1].split('## ')[0]
     assert 'emu' not in table and r'dog\|wolf' in table  # no embedding of an emu was seen
     assert 'by their prototypes' in card_of(head, label_names=NAMES)[1]

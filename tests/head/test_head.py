@@ -49,7 +49,9 @@ def test_permuted_assignment_permutes_logits(seed):
 def test_prototypes_are_no_parameters_and_one_per_class(make_head):
     head = make_head(learn_scale=True)
     assert {name for name, _ in head.named_parameters()} == {'neck.weight', 'neck.bias', 'log_scale'}
-    assert {name for name, _ in make_head().named_buffers()} == {'prototypes', 'assignment', 'scale'}
+    assert {name for name, _ in make_head().named_buffers()} == {
+        'prototypes', 'assignment', 'averaged_assignment', 'scale'}
+    assert 'averaged_assignment' not in head.state_dict()
     assert head.prototypes.dtype == torch.float32 and head.assignment.dtype == torch.int64
 
 
@@ -211,8 +213,8 @@ def test_loading_nonsense_is_an_error_and_changes_nothing(make_head, break_it, m
 def test_statistics_and_scales_that_no_training_gives_are_refused(make_head):
     head = make_head(neck='linear_bn', learn_scale=True)
     before, config = state_of(head), head.config
-    for change, message in ((dict(log_scale=torch.tensor(1000.0)), 'log_scale must be between -14 and 14, not 1000'),
-                            (dict(log_scale=torch.tensor(float('nan'))), 'log_scale must be between'),
+    for change, message in ((dict(log_scale=torch.tensor([1000.0])), 'log_scale must be between -14 and 14, not 1000'),
+                            (dict(log_scale=torch.tensor([float('nan')])), 'log_scale must be between'),
                             ({'neck.1.running_var': -torch.ones(4)}, 'neck.1.running_var must not be negative')):
         with pytest.raises(RuntimeError, match=message):
             head.load_state_dict({**before, **change})
@@ -276,7 +278,7 @@ def test_copies_are_whole_and_report_to_no_scheduler(make_head, generator, copie
     head.assign(torch.randperm(7, generator=generator))
     twin, x = copied(head), torch.randn(3, 12, generator=generator)
     assert_same_state(twin, state_of(head))
-    assert twin.training_view.on_embeddings is None and head.training_view.on_embeddings is not None
+    assert twin.training_view.on_forward is None and head.training_view.on_forward is not None
     assert twin.training_view.on_features is None and twin.training_view.class_vectors is None
     assert head.training_view.class_vectors is not None
     twin(x)
@@ -314,9 +316,11 @@ def test_compiles_whole_and_agrees_after_the_assignment_changed(make_head, gener
     x, labels = torch.randn(6, 12, generator=generator), torch.arange(6)
     scheduler = AssignmentScheduler(compiled, interval=1)
     for _ in range(3):
-        compiled(x).sum().backward()
-        assert torch.allclose(scheduler._embeddings, head.embed(x), atol=1e-6)  # embed reports to nobody
-        scheduler.step(labels)
+        output = compiled(x)
+        output.sum().backward()
+        seen = scheduler._forwards.embeddings_of(output)
+        assert torch.allclose(seen, head.embed(x), atol=1e-6)  # embed reports to nobody
+        scheduler.step(labels, output)
         assert torch.allclose(compiled(x), head(x), atol=1e-6)
     assert head.assignment.tolist() != list(range(7))
     for mode in (True, False):
@@ -458,7 +462,7 @@ def test_label_names_are_declared(make_head, tmp_path):
 
 def test_a_training_view_is_new_in_every_copy(make_head):
     head = make_head()
-    head.training_view.on_embeddings = head.training_view.on_features = head.training_view.on_mode = print
+    head.training_view.on_forward = head.training_view.on_features = head.training_view.on_mode = print
     head.training_view.class_vectors, head.training_view.warming_up = torch.eye(7, 4), True
     empty = vars(TrainingView())
     for other in (copy.deepcopy(head), copy.copy(head), pickle.loads(pickle.dumps(head))):
@@ -493,3 +497,13 @@ def test_a_compiled_forward_may_keep_the_buffers_for_its_backward(make_head):
     kept = head.prototypes
     head.move_class_prototypes(vectors.flip(0))
     assert head.prototypes is kept
+
+
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+def test_other_classes_keep_a_neck_whole_or_refuse(make_head, neck):
+    head = make_head(neck=neck)
+    assert all(torch.equal(value, head.neck.state_dict()[name])
+               for name, value in head.with_classes(5).neck.state_dict().items())
+    torch.nn.utils.parametrizations.weight_norm(head.neck if neck == 'linear' else head.neck[0])
+    with pytest.raises(ValueError, match='remove_parametrizations'):
+        head.with_classes(5)

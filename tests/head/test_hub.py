@@ -94,7 +94,7 @@ def negative_variance(head):
 
 
 def average_of_prototypes(head):
-    head.prototypes.mul_(0.9)
+    head.prototypes[1:3].mul_(1e-4)
 
 
 def average_of_assignments(head):
@@ -111,9 +111,9 @@ def another_reader(head):
 
 @pytest.mark.parametrize('change, message', [
     (absurd_scale, 'log_scale must be between -14 and 14'), (negative_variance, 'running_var must not be negative'),
-    (average_of_prototypes, 'prototypes must have unit rows'), (average_of_assignments, 'not an injection'),
-    (other_layers, 'neck.0.0.weight is not expected|neck.0.weight is missing'),
-    (another_reader, 'another one would be loaded: .* differs')])
+    (average_of_prototypes, 'prototypes cancel each other out'), (average_of_assignments, 'not an injection'),
+    (other_layers, 'cannot be saved.*(neck.0.0.weight is not expected|neck.0.weight is missing)'),
+    (another_reader, 'cannot be saved.*another one would be loaded: .* differs')])
 def test_what_could_not_be_loaded_replaces_nothing(hub, tmp_path, change, message):
     DL2PAHead(7, 6, 5).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -121,7 +121,7 @@ def test_what_could_not_be_loaded_replaces_nothing(hub, tmp_path, change, messag
     change(head)
     for save_it in (lambda: head.save_pretrained(tmp_path), lambda: head.save_pretrained(tmp_path / 'new' / 'folder'),
                     lambda: push_head_to_hub(head, 'me/head', token='hf_writer')):
-        with pytest.raises(ValueError, match=f'the head cannot be saved, because .*({message})'):
+        with pytest.raises(ValueError, match=message):
             save_it()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and not hub.requests
 
@@ -251,7 +251,7 @@ def test_hostile_folders(one, tmp_path, case):
 
 def test_an_absurd_learned_scale(tmp_path):
     DL2PAHead(7, 6, 5, learn_scale=True).save_pretrained(tmp_path)
-    edit(tmp_path, tensors={'log_scale': torch.tensor(1000.0)})
+    edit(tmp_path, tensors={'log_scale': torch.tensor([1000.0])})
     with pytest.raises(ValueError, match='log_scale must be between -14 and 14, not 1000'):
         load_head(tmp_path)
 

@@ -204,7 +204,7 @@ def test_convolutions_make_maps():
     model, _ = make('dla46_c')
     wrap_dl2pa(model, 3, neck='linear_bn', train_output='embeddings')
     seen = []
-    model.fc.training_view.on_embeddings = seen.append
+    model.fc.training_view.on_forward = lambda embeddings, output: seen.append(embeddings)
     maps = torch.rand(2, 256, 4, 3)
     embeddings = model.fc.train()(maps)
     assert embeddings.shape == (2, 3, 4, 3) and seen[0].shape == (24, 3)

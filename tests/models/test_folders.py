@@ -74,8 +74,9 @@ def test_arguments_that_timm_does_not_record(tmp_path):
 
 
 def test_wrapped_with_another_number_of_classes_than_timm_made_it_for(tmp_path):
-    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=9), 3, num_classes=4)
-    assert load_model(save_model(model, tmp_path)).num_classes == 4
+    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=9), 3, num_classes=4, seed=2 ** 62)
+    again = load_model(save_model(model, tmp_path))
+    assert again.num_classes == 4 and again.fc.config.seed == 2 ** 62
 
 
 @pytest.mark.slow
@@ -284,8 +285,11 @@ HOSTILE = {
     'cache': (args(cache_dir='/tmp'), "cache_dir='/tmp' cannot be among"),
     'features': (args(features_only=True), 'features_only=True cannot be among'),
     'unknown argument': (args(evil=1), "timm cannot make 'test_resnet.r160_in1k' .*evil"),
-    'huge sizes': (args(in_chans=10 ** 9), r'conv1.0.weight has the shape .*, not \(.*1000000000'),
-    'more than there is': (args(in_chans=10 ** 30), 'timm cannot make'),
+    'large sizes': (args(in_chans=10 ** 7), r'conv1.0.weight has the shape .*, not \(.*10000000'),
+    'huge sizes': (args(in_chans=10 ** 9), 'in_chans must not be 1000000000 or hold it'),
+    'more than there is': (args(in_chans=10 ** 400), 'in_chans must not be 1000'),
+    'huge parts': (args(layers=[1, {'a': [1, 10 ** 9]}]), 'layers must not be 1000000000 or hold it'),
+    'a million layers': (args(layers=[10 ** 6] * 4), r'far more is being made than the \d+ tensors that there are'),
     'wrong kinds': (args(in_chans=[3]), 'timm cannot make'),
     'head size': (lambda f: [change(f) for change in (args(dl2pa_dim=10 ** 9), head(dim=10 ** 9))],
                   r'fc.neck.0.weight has the shape \(3, 96\), not \(1000000000, 96\)'),
@@ -337,6 +341,37 @@ def test_hostile_folders(saved, tmp_path, case, monkeypatch):
     with pytest.raises(Exception) as caught:
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert not isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.parametrize('depth, message', [(2000, 'far more is being made than the'),
+                                            (10 ** 7, 'a tensor of 10000000 numbers is being made beside the weights')])
+def test_a_small_file_that_asks_for_a_large_model(tmp_path, depth, message):
+    save_model(wrap_dl2pa(timm.create_model('test_vit', num_classes=5), 3), tmp_path)
+    args(depth=depth)(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+    for pretrained in (True, False):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model(f'local-dir:{tmp_path}', pretrained=pretrained)
+    (tmp_path / 'model.safetensors').unlink()  # without weights, that of timm's largest models is the limit
+    args(depth=10 ** 7)(tmp_path)
+    with pytest.raises(ValueError, match='a tensor of 10000000 numbers'):
+        timm.create_model(f'local-dir:{tmp_path}')
+    args(depth=1)(tmp_path)
+    assert len(timm.create_model(f'local-dir:{tmp_path}').blocks) == 1
+
+
+WITHOUT_WEIGHTS = ['deep json', 'newer', 'head options', 'other head', 'another backbone', 'checkpoint', 'large sizes',
+                   'a million layers', 'head size', 'image size', 'label names', 'missing', 'more', 'float8']
+
+
+@pytest.mark.parametrize('case', WITHOUT_WEIGHTS)
+def test_hostile_folders_without_their_weights(saved, tmp_path, case):
+    """timm's own loader, without `pretrained`: config and header are checked all the same."""
+    damage, message = HOSTILE[case]
+    damage(shutil.copytree(saved, tmp_path, dirs_exist_ok=True))
+    with pytest.raises((ValueError, RecursionError), match=None if case == 'deep json' else message):
+        timm.create_model(f'local-dir:{tmp_path}')
 
 
 @pytest.mark.parametrize('name', ['assignment', 'prototypes'])

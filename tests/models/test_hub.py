@@ -75,6 +75,68 @@ def test_timms_own_push(hub):
         assert torch.equal(logits(load_model('me/model'), MODELS[name]), logits(model, MODELS[name]))
 
 
+def test_a_hostile_config_without_its_weights(hub):
+    model = make('test_vit', MODELS['test_vit'])
+    push_model_to_hub(model, 'me/model', model_args=MODELS['test_vit'], token='hf_writer')
+    found = timm.create_model('hf-hub:me/model')
+    assert found.get_classifier().num_classes == 6
+    files = dict(hub.files('me/model'))
+    config = json.loads(files['config.json'])
+    config['model_args']['depth'] = 10 ** 7
+    hub.put('me/model', {**files, 'config.json': json.dumps(config).encode()})
+    with pytest.raises(ValueError, match='a tensor of 10000000 numbers is being made'):
+        timm.create_model('hf-hub:me/model')
+
+
+def test_both_files_are_of_one_commit(hub, monkeypatch, tmp_path):
+    """Somebody pushes between the two downloads."""
+    import huggingface_hub
+    first, second = make('test_resnet', {}), wrap_dl2pa(timm.create_model('test_resnet', num_classes=6), 3).eval()
+    push_model_to_hub(second, 'me/model', token='hf_writer')
+    other = dict(hub.files('me/model'))
+    hub.repositories.clear()
+    push_model_to_hub(first, 'me/model', token='hf_writer')
+    download = huggingface_hub.hf_hub_download
+
+    def pushed_after(repository, name, **kwargs):
+        path = download(repository, name, **kwargs)
+        if name == 'config.json':
+            hub.put('me/model', other)
+        return path
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', pushed_after)
+    assert torch.equal(logits(load_model('me/model', cache_dir=tmp_path), {}), logits(first, {}))
+    assert torch.equal(logits(load_model('me/model', cache_dir=tmp_path), {}), logits(second, {}))
+
+
+def test_what_is_refused_before_a_repository_is_made(hub):
+    model = make('test_resnet', {})
+    for options, message in ((dict(revision='none'), "revision='none' names a branch of me/model, which does not"),
+                             (dict(commit_message=''), "commit_message must be a line of text, not ''"),
+                             (dict(metrics={'accuracy': float('nan')}), "metrics: accuracy must be finite, not nan")):
+        for push in (push_model_to_hub, push_head_to_hub):
+            with pytest.raises(ValueError, match=message):
+                push(model, 'me/model', token='hf_writer', **options)
+    assert not hub.repositories
+    push_model_to_hub(model, 'me/model', token='hf_writer')
+    before = dict(hub.files('me/model'))
+    with pytest.raises(errors.HfHubHTTPError):
+        push_model_to_hub(model, 'me/model', token='hf_writer', revision='none')
+    assert hub.files('me/model') == before
+
+
+@pytest.mark.parametrize('token', ['hf_writer\n', ' hf_writer', 'hf_\twriter', 'hf_wr\u00eeter', '', b'hf_writer'])
+def test_a_token_that_is_none_is_not_shown(hub, token):
+    model = make('test_resnet', {})
+    for door in (lambda: push_model_to_hub(model, 'me/model', token=token),
+                 lambda: push_head_to_hub(model, 'me/model', token=token), lambda: load_head('me/model', token=token),
+                 lambda: load_model('me/model', token=token)):
+        with pytest.raises(ValueError, match=r'token (is empty, or has spaces|must be a string)') as caught:
+            door()
+        assert 'writer' not in str(caught.value) and caught.value.__context__ is None
+    assert not hub.requests
+
+
 def test_another_number_of_classes(hub, caplog):
     model = make('test_resnet', {})
     push_model_to_hub(model, 'me/model', token='hf_writer')

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, make_prototypes, wrap_dl2pa
+from timm_dl2pa.models.wrapping import set_module
 
 pytestmark = pytest.mark.timm
 
@@ -164,8 +165,10 @@ def test_several_classifiers_get_heads_with_their_own_tensors():
     (small, dict(dim=0), 'dim must be at least 1'),
     (small, dict(num_classes=1), 'num_classes must be at least 2'),
     (small, dict(neck='none', dim=8), "neck='none'"),
-    (small, dict(scale=-1.0), 'scale must be positive'),
+    (small, dict(scale=-1.0), 'scale must be between'),
     (lambda: replaced_by(nn.Bilinear(2, 2, 2)), {}, 'is a Bilinear, which wrap_dl2pa cannot replace'),
+    (lambda: torch.compile(small()), {}, 'OptimizedModule around a ResNet: wrap the ResNet .* first.* torch.compile'),
+    (lambda: nn.DataParallel(small()), dict(num_classes=5), 'DataParallel around a ResNet: wrap the ResNet'),
 ])
 def test_errors_leave_the_model_as_it_was(make, arguments, message):
     model = make()
@@ -175,10 +178,44 @@ def test_errors_leave_the_model_as_it_was(make, arguments, message):
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-def replaced_by(classifier):
-    model = small()
-    model.fc = classifier
+def replaced_by(classifier, path='fc', name=SMALL, **kwargs):
+    model = timm.create_model(name, num_classes=CLASSES, **kwargs)
+    set_module(model, path, classifier)
     return model
+
+
+@pytest.mark.parametrize('make, path', [
+    (lambda: replaced_by(nn.Linear(64, 10)), 'fc'),
+    (lambda: replaced_by(nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 10))), 'fc.1'),
+    (lambda: replaced_by(nn.Linear(192, 10), 'head_dist', 'deit_tiny_distilled_patch16_224'), 'head_dist'),
+    (lambda: replaced_by(nn.Linear(64, 10), 'head.fc', 'test_convnext'), 'head.fc'),
+    (lambda: replaced_by(nn.Conv2d(2048, 10, 1), 'head.fc', 'resnetv2_50'), 'head.fc'),
+    (lambda: replaced_by(DL2PAHead(64, 10, 4)), 'fc'),
+])
+def test_a_replaced_classifier_and_the_models_number_of_classes_must_agree(make, path):
+    model = make()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=f"num_classes={CLASSES}, but its classifier '{path}' has 10 rows.* Give "
+                                         f'num_classes=10'):
+        wrap_dl2pa(model, 8)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    wrap_dl2pa(model, 8, num_classes=10)
+    assert model.num_classes == 10 and all(head.num_classes == 10 for head in heads_of(model))
+
+
+def test_a_removed_classifier_needs_a_number_of_classes():
+    with pytest.raises(ValueError, match='num_classes must be given: ResNet has no classifier'):
+        wrap_dl2pa(replaced_by(nn.Identity()))
+
+
+def test_a_classifier_with_hidden_layers_of_ones_own_keeps_them():
+    hidden = nn.Linear(small().num_features, 12)
+    model = wrap_dl2pa(replaced_by(nn.Sequential(hidden, nn.ReLU(), nn.Linear(12, CLASSES))), 8).eval()
+    assert model.fc.in_features == 12 and model.fc.before[0] is hidden
+    x = torch.randn(2, 3, SIZE, SIZE)
+    features = hidden(model.forward_head(model.forward_features(x), pre_logits=True)).relu()
+    z = nn.functional.normalize(model.fc.neck(features), dim=1)
+    assert torch.allclose(model(x), model.fc.current_scale() * model.fc.cosines(z), atol=1e-5)
 
 
 def test_model_ema_carries_the_assignment_in_force():
@@ -194,7 +231,7 @@ def test_model_ema_carries_the_assignment_in_force():
     assert model.fc.assignment.tolist() != list(range(CLASSES))
     assert torch.equal(ema.module.fc.assignment, model.fc.assignment)
     assert torch.equal(ema.module.fc.prototypes, model.fc.prototypes)
-    assert ema.module.fc.training_view.on_embeddings is None
+    assert ema.module.fc.training_view.on_forward is None
 
 
 @pytest.mark.slow

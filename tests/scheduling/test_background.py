@@ -123,8 +123,8 @@ def test_an_error_in_the_other_process_is_told(monkeypatch):
 def test_bad_batches_raise_when_the_solve_begins(make_head):
     head = make_head()
     observed = paper_rule(head, interval=1, background=True)
-    head(torch.randn(3, 12))
-    observed.step(torch.tensor([0, 9, 1]))
+    feed(head, observed, 0)
+    observed.class_means.add(torch.eye(4)[:1], torch.tensor([9]))
     for _ in range(2):
         with pytest.raises(ValueError, match='class 9'):
             feed(head, observed, 0)

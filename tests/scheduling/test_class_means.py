@@ -97,7 +97,7 @@ def test_dtypes_of_targets():
         assert torch.equal(means.sums, expected.sums)
 
 
-@pytest.mark.parametrize('bad', [-1, C, -100, 10 ** 9])
+@pytest.mark.parametrize('bad', [-1, C, -99, 10 ** 9])
 def test_labels_out_of_range_are_named(bad):
     means = ClassMeans(C, D)
     means.add(unit(3), torch.tensor([0, bad, 2]))
@@ -203,3 +203,8 @@ def test_running_means_of_soft_targets_and_of_a_saved_state():
     after.load_state_dict(state)
     hard.add(x, labels)
     assert torch.equal(state['sums'], after.sums) and not torch.equal(state['sums'], hard.sums)
+
+
+def test_embeddings_that_are_not_pooled_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 9, 2\), not one for each sample: .*global_pool than ''"):
+        ClassMeans(3, 2).add(torch.zeros(4, 9, 2), torch.zeros(4, dtype=torch.long))

@@ -157,6 +157,25 @@ def test_soft_targets_count_by_their_shares():
     assert torch.allclose(hard.heads[0].neck.weight, soft.heads[0].neck.weight, atol=1e-5)
 
 
+def test_ignored_and_broken_samples_are_left_out():
+    plain, other = Model(6), Model(6)
+    other.load_state_dict(plain.state_dict())
+    prime(plain, batches(10), progress=False)
+
+    def spoiled():
+        for x, labels in batches(10):
+            broken, ignored = x[:2].clone(), x[2:5] + 7.0
+            broken[0, 1], broken[1, 3] = float('inf'), float('nan')
+            yield torch.cat([x, broken, ignored]), torch.cat([labels, labels[:2], torch.full((3,), -100)])
+
+    with pytest.warns(UserWarning, match=r'samples were left out: their features or targets are not finite'):
+        prime(other, spoiled(), progress=False)
+    assert torch.allclose(plain.heads[0].neck.weight, other.heads[0].neck.weight, atol=1e-5)
+    assert torch.equal(plain.heads[0].assignment, other.heads[0].assignment)
+    with pytest.raises(ValueError, match='no batch with labels'):
+        prime(other, [(torch.randn(3, FEATURES), torch.full((3,), -100))], progress=False)
+
+
 def test_unseen_classes_are_told_of():
     model = Model(6)
     with pytest.warns(UserWarning, match=r'1 of 20 classes had no images \(the first is class 7\)'):
@@ -167,7 +186,7 @@ def test_unseen_classes_are_told_of():
 
 @pytest.mark.parametrize('loader, message', [
     ([], 'has no batch'), ([(torch.zeros(3, FEATURES), torch.zeros(2, dtype=int))], 'targets must be class indices'),
-    ([(torch.zeros(3, FEATURES), torch.tensor([0, 1, 20]))], 'targets must be within 0..19, not from 0 to 20'),
+    ([(torch.zeros(3, FEATURES), torch.tensor([0, 1, 20]))], 'class 20, outside 0..19'),
     ([(torch.full((3, FEATURES), float('nan')), torch.tensor([0, 1, 2]))], 'features .* not finite')])
 def test_bad_input_changes_nothing(loader, message):
     model = Model(6)

@@ -1,3 +1,4 @@
+import collections
 import copy
 import math
 import warnings
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from tests.helpers.recipe_words import RECIPES, scheduler_arguments
 from tests.helpers.scheduling import feed, paper_rule
 from timm_dl2pa import AssignmentScheduler, ClassMeans, SquaredCosineLoss, align_prototypes, solve_assignment
 from timm_dl2pa.scheduling.class_means import MovingClassMeans
@@ -131,24 +133,133 @@ def test_keeps_no_graph_alive(make_head):
     assert not scheduler.class_means.sums.requires_grad
 
 
-@pytest.mark.parametrize('labels, poison, message', [
-    ([0, 9, 1], None, r'class 9, outside 0\.\.6'), ([0, -1, 1], None, r'class -1'),
-    ([0, 3, 1], float('nan'), 'class 3 were not finite')])
-def test_bad_batches_raise_before_the_assignment_changes(make_head, labels, poison, message):
+@pytest.mark.parametrize('targets, message', [
+    (torch.tensor([0, 9, 1]), r'class 9, outside 0\.\.6'), (torch.tensor([0, -1, 1]), r'class -1'),
+    (torch.tensor([0, 9, 1], dtype=torch.uint8), 'class 9'),
+    (torch.eye(7)[:3] + torch.eye(7)[1:4], 'sum to one, not to 2'), (torch.zeros(3, 7), 'sum to one, not to 0'),
+    (torch.eye(7)[:3] * 2 - torch.eye(7)[1:4], 'at least 0, not -1'), (torch.eye(7, dtype=torch.cfloat)[:3], 'complex'),
+    (torch.tensor([True, False, True]), 'bool')])
+def test_targets_out_of_range_are_refused_at_once(make_head, targets, message):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=1, warmup_length=3)
+    feed(head, scheduler, 0)
+    before = repr((scheduler.state_dict(), head.state_dict()))
+    head(torch.randn(3, 12))
+    with pytest.raises(ValueError, match=message):
+        scheduler.step(targets)
+    assert repr((scheduler.state_dict(), head.state_dict())) == before
+    feed(head, scheduler, 1)  # a training that goes on with the next batch does so
+    assert scheduler.steps == 2
+
+
+def test_labels_out_of_range_that_were_not_read_in_time_stop_the_resolve(make_head):
+    """On a device the values of later batches are not waited for."""
     head = make_head()
     scheduler = paper_rule(head, interval=2)
     feed(head, scheduler, 0)
-    x = torch.randn(3, 12)
-    if poison is not None:
-        x[1] = poison
-    head(x)
-    scheduler.step(torch.tensor(labels))
+    scheduler.class_means.add(torch.eye(4)[:1], torch.tensor([9]))
+    feed(head, scheduler, 1)
     for _ in range(2):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match='class 9'):
             feed(head, scheduler, 1)
     assert head.assignment.tolist() == list(range(7))
     scheduler.class_means.reset()
     assert feed(head, scheduler, 1) is not None
+
+
+@pytest.mark.parametrize('kind', ['hard', 'soft'])
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_samples_that_are_not_finite_are_left_out_and_counted(make_head, recipe, kind):
+    """As where GradScaler skips a batch with an activation that overflowed."""
+    def train(broken):
+        head = make_head(neck='linear')
+        scheduler = AssignmentScheduler(head, interval=2, **scheduler_arguments(recipe, 4))
+        for step in range(9):
+            x, targets = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)), torch.arange(8) % 7
+            if kind == 'soft':
+                targets = nn.functional.one_hot(targets, 7).float()
+            if broken and step in (1, 6):
+                x, targets = torch.cat([x, torch.randn(2, 12)]), torch.cat([targets, targets[:2]])
+                x[8, 3], x[9, 3] = math.inf, math.nan
+                if kind == 'soft':
+                    x[9], targets[9, 2] = 1.0, math.nan
+            head(x)
+            scheduler.step(targets)
+        return head, scheduler
+
+    plain, without = train(broken=False)
+    with pytest.warns(UserWarning, match='2 samples since the last re-solve were left out'):
+        head, scheduler = train(broken=True)
+    assert torch.allclose(head.prototypes, plain.prototypes, atol=1e-5)
+    assert torch.equal(head.assignment, plain.assignment)
+    assert torch.allclose(scheduler.class_means.sums, without.class_means.sums, atol=1e-5)
+    assert sum(update.left_out for update in scheduler.history) == 4
+    assert scheduler.class_means.check() == 0 and not any(update.left_out for update in without.history)
+
+
+@pytest.mark.parametrize('background', [False, True])
+def test_a_training_in_which_nothing_is_finite_is_refused(make_head, background):
+    head = make_head()
+    scheduler = paper_rule(head, interval=2, background=background)
+    for _ in range(2):
+        head(torch.full((3, 12), math.nan))
+        scheduler.step(torch.tensor([0, 1, 2]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match='all 6 samples since the last re-solve were not finite'):
+            feed(head, scheduler, 1)
+    assert head.assignment.tolist() == list(range(7))
+    scheduler.class_means.reset()
+    feed(head, scheduler, 1)
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_ignored_labels_are_left_out(make_head, recipe):
+    """Like torch's losses, with -100 or the number that was given."""
+    def train(ignored, **options):
+        head = make_head(neck='linear')
+        scheduler = AssignmentScheduler(head, interval=2, **scheduler_arguments(recipe, 4), **options)
+        for step in range(7):
+            x, labels = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)), torch.arange(8) % 7
+            if ignored is not None:
+                x, labels = torch.cat([x, torch.randn(3, 12)]), torch.cat([labels, torch.full((3,), ignored)])
+            head(x)
+            scheduler.step(labels)
+        return head, scheduler
+
+    plain, without = train(None)
+    for ignored, options in ((-100, {}), (255, {'ignore_index': 255}), (3, {'ignore_index': 3})):
+        if ignored == 3:
+            head, scheduler = train(None, ignore_index=3)
+            assert not scheduler.class_means.sums[3].any() and scheduler.class_means.sums[2].any()
+            continue
+        head, scheduler = train(ignored, **options)
+        assert torch.allclose(head.prototypes, plain.prototypes, atol=1e-5)
+        assert torch.allclose(scheduler.class_means.sums, without.class_means.sums, atol=1e-5)
+        assert scheduler.class_means.check() == 0
+
+
+def test_a_batch_without_labels_changes_nothing(make_head):
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=2, warmup_length=3)
+    feed(head, scheduler, 0)
+    prototypes, sums = head.prototypes.clone(), scheduler.class_means.sums.clone()
+    head(torch.randn(3, 12))
+    scheduler.step(torch.full((3,), -100))
+    assert torch.allclose(head.prototypes, prototypes, atol=1e-6) and torch.equal(scheduler.class_means.sums, sums)
+    assert scheduler.steps == 2
+
+
+def test_the_history_stays_bounded(make_head):
+    head = make_head()
+    scheduler = paper_rule(head, interval=1)
+    scheduler.resolver._history = collections.deque(maxlen=3)
+    for step in range(6):
+        feed(head, scheduler, step)
+    assert len(scheduler.history) == 3 and scheduler.resolver.updates == 5
+    again = paper_rule(make_head(), interval=1)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.history == scheduler.history and again.resolver.updates == 5
+    assert again.resolver._history.maxlen == 1000
 
 
 @pytest.mark.parametrize('targets', [torch.zeros(3), torch.zeros(3, 8), torch.tensor(1), torch.zeros(2, dtype=int)])

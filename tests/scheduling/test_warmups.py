@@ -103,7 +103,7 @@ def test_a_copy_of_the_head_knows_nothing_of_it(make_head, warmup):
     scheduler = AssignmentScheduler(head, interval=9, warmup=warmup)
     feed(head, scheduler, 0)
     for other in (copy.deepcopy(head), copy.copy(head)):
-        assert not other.warming_up and other.training_view.on_embeddings is None
+        assert not other.warming_up and other.training_view.on_forward is None
         assert other.training_view.class_vectors is None and head.warming_up
 
 

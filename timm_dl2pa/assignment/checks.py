@@ -21,6 +21,9 @@ def check_assignment(assignment: torch.Tensor, num_classes: int, num_prototypes:
         ValueError: The shape is not (C,), the dtype is not an integer one, an entry is outside 0..K-1, or two classes
             have the same prototype.
     """
+    if not isinstance(assignment, torch.Tensor):
+        raise ValueError(f'assignment must be a tensor ({num_classes},) of whole numbers, not a '
+                         f'{type(assignment).__name__}: give torch.tensor(...).')
     if tuple(assignment.shape) != (num_classes,):
         raise ValueError(f'assignment must have the shape ({num_classes},), one prototype for each class, '
                          f'not {tuple(assignment.shape)}.')
@@ -83,7 +86,10 @@ def as_means_and_prototypes(
 def _as_float64(array: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
     """Return a finite float64 matrix, or raise a ValueError that names the argument."""
     if isinstance(array, torch.Tensor):
-        array = array.detach().to('cpu', torch.float64).numpy()
+        array = array.detach().cpu()
+        array = (array if array.is_complex() else array.double()).numpy()
+    if np.iscomplexobj(array):
+        raise ValueError(f'{name} must be real, not complex.')
     array = np.asarray(array, dtype=np.float64)
     if array.ndim != 2:
         raise ValueError(f'{name} must have two dimensions, not the shape {array.shape}.')

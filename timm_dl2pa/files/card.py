@@ -1,15 +1,18 @@
 """Model cards: a description of a head or model in Markdown, with metadata for the Hub."""
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
 from ..prototypes.nearest import margins
+from ..values import checked_value
 from .card_picture import draw_card
 from .labels import LabelNames, read_label_names
+from .markdown import code, escaped, table
 
 __all__ = ['CARD_NAME', 'PICTURE_NAME', 'Facts', 'Training', 'card_files']
 
@@ -84,7 +87,7 @@ class Facts:
     backbone: str | None = None
     label_names: LabelNames | None = None
     base_model: str | None = None
-    metrics: dict[str, float] | None = None
+    metrics: Mapping[str, float] | None = None
     license: str | None = None
     backbone_license: str | None = None
     class_means: torch.Tensor | None = None
@@ -106,12 +109,14 @@ def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> d
         The contents of the files by name.
 
     Raises:
-        ValueError: `class_means` does not have a row for each class, or `label_names` not a name.
+        ValueError: `class_means` does not have a row for each class, or `label_names` not a name,
+            or a metric is no finite number.
     """
     if facts.class_means is not None and facts.class_means.shape != head.class_prototypes.shape:
         raise ValueError(f'class_means must have the shape {tuple(head.class_prototypes.shape)}, one row for each '
                          f'class, not {tuple(facts.class_means.shape)}.')
-    facts = replace(facts, label_names=read_label_names(facts.label_names, head.num_classes))
+    facts = replace(facts, label_names=read_label_names(facts.label_names, head.num_classes),
+                    metrics=_checked_metrics(facts.metrics))
     training = facts.training or Training()
     files = {}
     try:
@@ -127,7 +132,7 @@ def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> d
         _head_table(head, facts, kind),
     ]
     if facts.label_names:
-        shown = ', '.join(facts.label_names[:_MAX_LABELS])
+        shown = ', '.join(map(escaped, facts.label_names[:_MAX_LABELS]))
         more = len(facts.label_names) - _MAX_LABELS
         parts.append(f'Classes: {shown}{f" and {more:,} more" if more > 0 else ""}.')
     parts.append('## Class prototypes')
@@ -140,6 +145,18 @@ def card_files(head: Describable, repo_id: str, facts: Facts, *, kind: str) -> d
     if facts.training is not None:
         parts += _training_section(training, head.num_classes)
     return {CARD_NAME: ('\n\n'.join([*parts, '## Citation', _CITATION]) + '\n').encode(), **files}
+
+
+def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return metrics as Python's numbers, which YAML and the Hub understand."""
+    if not isinstance(metrics, Mapping | None):
+        raise ValueError(f"metrics must be a mapping such as {{'accuracy': 0.81}}, not {metrics!r}.")
+    checked = {checked_value('the name of a metric', name, str): checked_value(f'metrics: {name}', value, (int, float))
+               for name, value in (metrics or {}).items()}
+    for name, value in checked.items():
+        if not math.isfinite(value):
+            raise ValueError(f'metrics: {name} must be finite, not {value}.')
+    return checked
 
 
 @functools.cache
@@ -176,7 +193,7 @@ def _introduction(facts: Facts, kind: str) -> str:
     if kind == 'head':
         return f'A classifier head on fixed prototypes for a timm model: {_METHOD}. This is the head alone, without ' \
                f'the backbone.'
-    text = f'{facts.backbone}, trained with a classifier head on fixed prototypes: {_METHOD}.'
+    text = f'{code(facts.backbone or "a timm model")}, trained with a classifier head on fixed prototypes: {_METHOD}.'
     if kind == 'folded':
         text += ' The head was folded into a linear classifier, which ranks the classes of every image in the same ' \
                 'order; the probabilities differ. The model needs timm alone.'
@@ -199,20 +216,20 @@ def _head_table(head: Describable, facts: Facts, kind: str) -> str:
     """Return a table of the head's sizes and settings, and the metrics."""
     config, scale = head.config, head.current_scale().item()
     rows: dict[str, Any] = {
-        'backbone': facts.backbone or facts.base_model,
-        "licence of the backbone's weights in timm": facts.backbone_license,
+        'backbone': code(facts.backbone or facts.base_model) if facts.backbone or facts.base_model else None,
+        "licence of the backbone's weights in timm": code(facts.backbone_license) if facts.backbone_license else None,
         'classes': f'{config.num_classes:,}',
         'prototypes': f'{config.num_prototypes:,}, unit vectors in {config.dim:,} dimensions, fixed',
         'features of the backbone': f'{config.in_features:,}',
         'neck': config.neck,
         'scale of the cosines': f'{scale:.4g}' + (', learned' if config.learn_scale else ''),
         'parameters of the head': f'{sum(parameter.numel() for parameter in head.parameters()):,}',
-        **(facts.metrics or {}),
+        **{escaped(name): value for name, value in facts.metrics.items()},
     }
     if kind == 'folded':
         rows = {('parameters of the head, before folding' if name.startswith('param') else name): value
                 for name, value in rows.items()}
-    return _table(['', ''], [[name, value] for name, value in rows.items() if value is not None])
+    return table(['', ''], [[name, value] for name, value in rows.items() if value is not None])
 
 
 def _nearest_table(head: Describable, facts: Facts) -> str:
@@ -234,33 +251,33 @@ def _nearest_table(head: Describable, facts: Facts) -> str:
             pairs.add(pair)
             rows.append([_class_name(labels[index].item(), facts.label_names),
                          _class_name(labels[neighbour].item(), facts.label_names), f'{angles[index]:.1f}'])
-    return f'Nearest classes, by {criterion}:\n\n' + _table(['class', 'nearest class', 'angle in degrees'], rows)
+    return f'Nearest classes, by {criterion}:\n\n' + table(['class', 'nearest class', 'angle in degrees'], rows)
 
 
 def _class_name(index: int, label_names: Sequence[str] | None) -> str:
-    return str(index) if label_names is None else f'{label_names[index]}'
+    return str(index) if label_names is None else escaped(label_names[index])
 
 
 def _training_section(training: Training, num_classes: int) -> list[str]:
     """Return the paragraphs on the training: settings, metrics of the epochs, and re-solves."""
     parts = ['## Training']
     if training.settings:
-        parts.append(', '.join(f'{name} {value}' for name, value in training.settings.items()) + '.')
+        parts.append(', '.join(f'{escaped(name)} {escaped(value)}' for name, value in training.settings.items()) + '.')
     names = [name for name in ('train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
              if any(name in row for row in training.epochs)]
     if names:
         rows = [['**this**' if row['epoch'] == training.epoch else '', int(row['epoch']),
                  *(f'{row[name]:.4g}' if name in row else '' for name in names)]
                 for row in _evenly_spaced(training.epochs, training.epoch)]
-        parts.append(_table(['', 'epoch', *(name.replace('_', ' ') for name in names)], rows))
+        parts.append(table(['', 'epoch', *(name.replace('_', ' ') for name in names)], rows))
     if training.history:
-        rows = [[entry['event'], entry['epoch'], entry['step'], entry['moved'],
+        rows = [[*(escaped(entry[name]) for name in ('event', 'epoch', 'step', 'moved')),
                  f'{entry["objective_before"] / num_classes:.4f}', f'{entry["objective"] / num_classes:.4f}']
                 for entry in _evenly_spaced(training.history, None)]
         solves = sum(entry['event'] == 'resolve' for entry in training.history)
         parts.append(f'The assignment of classes to prototypes was recomputed {solves} times. The '
                      f'objective is the mean cosine of a class\'s mean direction with its prototype.\n\n'
-                     + _table(['', 'epoch', 'batch', 'classes moved', 'objective before', 'after'], rows))
+                     + table(['', 'epoch', 'batch', 'classes moved', 'objective before', 'after'], rows))
     return parts
 
 
@@ -271,10 +288,3 @@ def _evenly_spaced(rows: Sequence[dict[str, Any]], epoch: int | None) -> list[di
     chosen = {round(index * (len(rows) - 1) / (_MAX_ROWS - 1)) for index in range(_MAX_ROWS)}
     chosen |= {index for index, row in enumerate(rows) if row['epoch'] == epoch}
     return [rows[index] for index in sorted(chosen)]
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(' '.join(str(cell).split()).replace('|', '\\|') for cell in line) + ' |'
-                     for line in lines)

@@ -13,19 +13,10 @@ import torch
 from ..prototypes.files import staging_folder, write_tensors
 from ..version import __version__
 from .card import Facts, Training, card_files
-from .folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    check_finite,
-    check_format,
-    find_files,
-    new_folder,
-    read_config,
-    read_tensors,
-    replace_files,
-    sha256_of,
-)
+from .folder import CONFIG_NAME, WEIGHTS_NAME, check_format, new_folder, read_config, replace_files
 from .labels import LabelNames, read_label_names
+from .source import find_files
+from .tensors import check_finite, read_tensors, sha256_of
 from .upload import upload
 
 __all__ = ['LIBRARY', 'SavedModule']

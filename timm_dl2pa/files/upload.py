@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..version import __version__
 from .card import CARD_NAME, PICTURE_NAME
+from .source import check_token
 
 __all__ = ['upload']
 
@@ -33,13 +34,20 @@ def upload(
         The URL of the commit, or of the pull request.
 
     Raises:
+        ValueError: The token or the commit message is none, or a branch of a new repository is named. Nothing was sent.
         RuntimeError: The upload to a new repository failed. The repository exists and is empty.
         huggingface_hub.errors.HfHubHTTPError: Any other error of huggingface_hub. The repository is unchanged.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
+    check_token(token)
+    if not isinstance(commit_message, str) or not commit_message.strip():
+        raise ValueError(f'commit_message must be a line of text, not {commit_message!r}.')
     api = HfApi(token=token, library_name='timm_dl2pa', library_version=__version__)
     is_new = not api.repo_exists(repo_id)
+    if is_new and revision not in (None, 'main'):
+        raise ValueError(f'revision={revision!r} names a branch of {repo_id}, which does not exist or is not visible '
+                         f'with this token: upload without revision first.')
     if is_new:
         try:
             repo_id = api.create_repo(repo_id, private=private).repo_id

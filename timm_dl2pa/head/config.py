@@ -5,7 +5,7 @@ from typing import Any
 
 from ..options import KINDS
 from ..recipes import DEFAULT_RECIPE, find_recipe
-from ..values import checked_value
+from ..values import checked_value, whole_number
 from .neck import NECKS, neck_shapes
 
 __all__ = ['DL2PAConfig', 'check_scale', 'default_scale']
@@ -32,7 +32,7 @@ def default_scale(num_classes: int) -> float:
         >>> round(default_scale(100), 1)
         13.7
     """
-    probability = 0.9999
+    num_classes, probability = whole_number('num_classes', num_classes, least=2), 0.9999
     return (num_classes - 1) / num_classes * math.log((num_classes - 1) * probability / (1 - probability))
 
 
@@ -146,7 +146,7 @@ class DL2PAConfig:
         """Return the shape of each tensor of a head's state dict, without making one: a config may ask for any size."""
         neck = neck_shapes(self.neck, self.in_features, self.dim)
         return {'prototypes': (self.num_prototypes, self.dim), 'assignment': (self.num_classes,),
-                'log_scale' if self.learn_scale else 'scale': (),
+                **({'log_scale': (1,)} if self.learn_scale else {'scale': ()}),
                 **{f'neck.{name}': shape for name, shape in neck.items()}}
 
     @classmethod

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..assignment import check_assignment, restore_whole_numbers
-from ..files.folder import check_variances
+from ..files.tensors import check_variances
 from ..prototypes import check_prototypes, unit_rows
 from .config import MAX_LOG_SCALE, DL2PAConfig
 
@@ -96,10 +96,15 @@ def check_state(
             loaded['scale'] = given['scale'].float()
             # The config goes on telling how to build this head.
             config = replace(config, scale=float(given['scale']))
-        if 'log_scale' in given and not abs(float(given['log_scale'])) <= MAX_LOG_SCALE:
+        if 'log_scale' in given and not abs(_number(given['log_scale'])) <= MAX_LOG_SCALE:
             raise ValueError(f'log_scale must be between -{MAX_LOG_SCALE} and {MAX_LOG_SCALE}, not '
-                             f'{float(given["log_scale"])}.')
+                             f'{_number(given["log_scale"])}.')
         check_variances(given)
     except ValueError as error:
         raise RuntimeError(f'the state dict does not fit the DL2PA head: {prefix}{error}') from None
     return loaded, config
+
+
+def _number(tensor: torch.Tensor) -> float:
+    """Return the number in a tensor (1,); of one that FSDP2 has sharded, on every process."""
+    return float(tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor)

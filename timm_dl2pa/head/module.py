@@ -14,12 +14,14 @@ from ..prototypes import check_prototypes, load_prototypes, make_prototypes, uni
 from ..recipes import DEFAULT_RECIPE, find_recipe
 from ..values import checked_value
 from . import numerics
+from .averages import buffer_stamps, settle_average
+from .buffers import restore_float32
 from .config import DL2PAConfig
 from .loading import check_scale_in_file, check_state
 from .neck import load_neck, make_neck
 from .view import TrainingView
 
-__all__ = ['DL2PAHead', 'heads_of']
+__all__ = ['DL2PAHead']
 
 
 class DL2PAHead(SavedModule, nn.Module):
@@ -31,7 +33,8 @@ class DL2PAHead(SavedModule, nn.Module):
 
     Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
-    parameter `log_scale` if it is learned.
+    parameter `log_scale`, (1,), if it is learned. (FSDP2 shards no parameter without dimensions.) `averaged_assignment`
+    (C,) float32, not saved, lets averages that go over all buffers keep the assignment: see `settle_average`.
 
     In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
     none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
@@ -75,6 +78,7 @@ class DL2PAHead(SavedModule, nn.Module):
     prototypes: torch.Tensor
     assignment: torch.Tensor
     config_class = DL2PAConfig
+    _is_replica = False  # set in the replicas of nn.DataParallel
     whole_numbers = ('assignment', 'neck.1.num_batches_tracked')
     # TorchScript compiles properties, and knows no configs.
     __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes',
@@ -131,11 +135,13 @@ class DL2PAHead(SavedModule, nn.Module):
         device = torch.empty(0, device=device).device  # the default device where none is given
         self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
         if self.config.learn_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale), device=device, dtype=dtype))
+            self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
         else:
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
         self.register_buffer('assignment', self._first_assignment(device))
+        self.register_buffer('averaged_assignment', self.assignment.float(), persistent=False)
+        self._stamps = buffer_stamps(self)
         self.before: nn.Module = nn.Identity()
         self.channels_first = False
         self.auxiliary = False
@@ -186,18 +192,22 @@ class DL2PAHead(SavedModule, nn.Module):
             num_classes: C, at least 2.
 
         Raises:
-            ValueError: It is less.
+            ValueError: It is less; or the neck has tensors of another tool, such as a parametrisation's.
         """
         like = next(self.neck.parameters(), self.prototypes)
         with torch.random.fork_rng(devices=[]):
             other = DL2PAHead.from_config(self.config.for_classes(num_classes), device=like.device, dtype=like.dtype)
-        load_neck(other.neck, self.neck.state_dict())
+        if not load_neck(other.neck, self.neck.state_dict()):
+            raise ValueError('the neck of this head has other tensors than it was made with: take off what was put '
+                             'around it (remove_parametrizations of torch.nn.utils.parametrize, remove of '
+                             'torch.nn.utils.prune, merge_and_unload of PEFT).')
         if hasattr(self, 'log_scale'):
             other.log_scale.data.copy_(self.log_scale.data)
         return other
 
     def check_saved_alone(self) -> None:
         """Raise a ValueError where layers of the backbone's own classifier stand before the neck."""
+        self.settle()
         if any(True for _ in self.before.parameters()) or any(True for _ in self.before.buffers()):
             raise ValueError('layers of the backbone\'s classifier stand before the neck of this head (head.before), '
                              'and are part of the model: save the whole model.')
@@ -225,7 +235,7 @@ class DL2PAHead(SavedModule, nn.Module):
 
     def current_scale(self) -> torch.Tensor:
         """Return the factor on the cosines, () float32; with a gradient if it is learned."""
-        return self.log_scale.float().exp() if hasattr(self, 'log_scale') else self.scale
+        return self.log_scale.float().exp().squeeze(0) if hasattr(self, 'log_scale') else self.scale
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.
@@ -251,26 +261,46 @@ class DL2PAHead(SavedModule, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
+        if torch.jit.is_scripting():
+            pass
+        else:
+            if self.prototypes.dtype != torch.float32:
+                restore_float32(self)
+                self.config = replace(self.config, own_prototypes=True)
+            if not self.training and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+                self.settle()
         features = self._features(x)
         embeddings = numerics.unit_embeddings(self.neck(features))
         if torch.jit.is_scripting():
             out = self.cosines(embeddings) * self.current_scale()
+            return numerics.rows_as_maps(out, x) if self.channels_first else out
         else:
-            view = self.training_view
-            view.compiled = torch.compiler.is_compiling()
-            if view.on_features is not None:
-                view.on_features(features.detach())
-            if self.training and view.on_embeddings is not None:
-                view.on_embeddings(embeddings.detach())
+            scale = self.current_scale()
             if self.training and self.train_output == 'embeddings':
                 out = embeddings
             else:
-                out = self.cosines(embeddings) * self.current_scale()
-        return numerics.rows_as_maps(out, x) if self.channels_first else out
+                out = self.cosines(embeddings) * scale
+            if self.channels_first:
+                out = numerics.rows_as_maps(out, x)
+            self.training_view.hear(features, embeddings, out, scale, training=self.training, replica=self._is_replica)
+            return out
+
+    def settle(self) -> None:
+        """Make the average of heads (EMA, SWA) a head again; of a head that nobody wrote into, nothing is read.
+
+        Evaluation calls it, and saving does.
+
+        Raises:
+            ValueError: The average has no meaning: see `settle_average`.
+        """
+        if buffer_stamps(self) != self._stamps and not self.prototypes.is_meta and settle_average(self):
+            self.config = replace(self.config, own_prototypes=True)
 
     def train(self, mode: bool = True) -> 'DL2PAHead':
         """Set the mode, and tell the training view."""
         super().train(mode)
+        if not mode:
+            self.settle()
         if self.training_view.on_mode is not None:
             self.training_view.on_mode(mode)
         return self
@@ -296,6 +326,8 @@ class DL2PAHead(SavedModule, nn.Module):
             # The seed alone does not make them again.
             self.config = replace(self.config, own_prototypes=True)
         self._replace('assignment', assignment)
+        self._replace('averaged_assignment', assignment)
+        self._stamps = buffer_stamps(self)
 
     @torch.no_grad()
     def move_class_prototypes(self, vectors: torch.Tensor) -> None:
@@ -332,6 +364,10 @@ class DL2PAHead(SavedModule, nn.Module):
         # Copies (deepcopy, pickle, an EMA) report to nobody: their embeddings are not the training's.
         return dict(self.__dict__, training_view=TrainingView())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stamps = buffer_stamps(self)
+
     def __getattr__(self, name: str) -> Any:
         # timm's --head-init-scale, --head-init-bias and --test-pool, and other code for linear classifiers, look for
         # these two.
@@ -343,11 +379,14 @@ class DL2PAHead(SavedModule, nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> 'DL2PAHead':
-        before = {name: self._buffers[name] for name in ('prototypes', 'scale') if name in self._buffers}
+        before = {name: self._buffers[name] for name in ('prototypes', 'scale', 'averaged_assignment')
+                  if name in self._buffers}
+        untouched = [now == then for now, then in zip(buffer_stamps(self), self._stamps)]
         super()._apply(fn, *args, **kwargs)
         for name, buffer in before.items():
             if self._buffers[name].dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
+        self._stamps = tuple(stamp if same else -1 for stamp, same in zip(buffer_stamps(self), untouched))
         view = self.training_view
         if view.class_vectors is not None:
             view.class_vectors = view.class_vectors.to(self.prototypes.device)
@@ -365,10 +404,6 @@ class DL2PAHead(SavedModule, nn.Module):
         loaded, config = check_state(self.config, own, given, prefix)
         state_dict.update((prefix + name, value) for name, value in loaded.items())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.averaged_assignment = self.assignment.float()
+        self._stamps = buffer_stamps(self)
         self.config = config
-
-
-def heads_of(model: nn.Module) -> list[DL2PAHead]:
-    """Return the DL2PA heads of a model, the main one first."""
-    heads = [module for module in model.modules() if isinstance(module, DL2PAHead)]
-    return sorted(heads, key=lambda head: head.auxiliary)

@@ -19,9 +19,35 @@ class _LinearBatchNorm(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # tokens (B, N, F) are rows like any, but not to BatchNorm1d
-        for module in self:
-            rows = module(rows)
+        if torch.jit.is_scripting():
+            for module in self:
+                rows = module(rows)
+        else:
+            if isinstance(self[1], nn.BatchNorm1d) and self[1].training:
+                _refuse_single_sample(rows)
+            rows = _batch_norm(self[1], self[0](rows))
         return rows.reshape(x.shape[:-1] + rows.shape[-1:])
+
+
+def _batch_norm(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Call a batch norm; in the dtype of its statistics where its parameters have another: FSDP's mixed precision casts
+    these alone, and torch refuses the mixture."""
+    if (isinstance(rows, torch.fx.Proxy) or not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is None
+            or norm.weight.dtype == norm.running_mean.dtype):
+        return norm(rows)
+    dtype = norm.running_mean.dtype
+    if norm.training:
+        norm.num_batches_tracked += 1
+    return nn.functional.batch_norm(rows.to(dtype), norm.running_mean, norm.running_var, norm.weight.to(dtype),
+                                    norm.bias.to(dtype), norm.training, norm.momentum, norm.eps)
+
+
+@torch.fx.wrap
+def _refuse_single_sample(rows: torch.Tensor) -> None:
+    if rows.shape[0] == 1:
+        raise ValueError("a batch of one sample cannot be trained on: the neck 'linear_bn' has batch norm, which needs "
+                         "at least two. If it is the last batch of an epoch, make the DataLoader with drop_last=True. "
+                         "To train on single samples, use neck='linear'.")
 
 
 def make_neck(

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ['cosines', 'maps_as_rows', 'rows_as_maps', 'unit_embeddings']
+__all__ = ['cosines', 'maps_as_rows', 'plain_tensor', 'rows_as_maps', 'unit_embeddings']
 
 # Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
 _SHORTEST = 1e-6
@@ -55,3 +55,13 @@ def rows_as_maps(rows: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     if maps.dim() != 4:
         return rows
     return rows.reshape(maps.shape[0], maps.shape[2], maps.shape[3], rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the Python subclass that a framework gave it (fastai's TensorBase, torchvision's
+    tv_tensors): two such subclasses refuse to meet in one operation. Those that are more than a name, such as DTensor,
+    stay as they are."""
+    kind = type(tensor)
+    if kind is torch.Tensor or getattr(kind, '__torch_dispatch__', None) is not torch.Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(torch.Tensor)

@@ -5,8 +5,9 @@ import torch
 import torch.nn as nn
 
 from ..head import DL2PAHead, heads_of
+from .classifiers import unregistered_tensors
 from .reparameterization import fuse_everything
-from .wrapping import RemovedLinear, record_registry_entry, set_module, unregistered_tensors
+from .wrapping import RemovedLinear, record_registry_entry, set_module
 
 __all__ = ['fold_dl2pa']
 
@@ -54,6 +55,8 @@ def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tenso
         raise ValueError(f'{type(model).__name__} combines the logits of {len(heads)} classifiers, so that the folded '
                          f'model preserves the order of the classes only approximately: give images, a batch to '
                          f'measure the agreement on, or normalize=True, which is exact.')
+    for head in heads:
+        head.settle()  # an average, as of EMA weights
     expected = lengths = None
     if images is not None:
         expected, lengths = _measure(model, heads, images)

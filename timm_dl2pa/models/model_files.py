@@ -1,43 +1,31 @@
-"""The files of a whole wrapped model in timm's own format: write, check and read config and weights."""
+"""Read the files of a whole wrapped model in timm's own format: check and read config and weights."""
 import inspect
-import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models._hub import save_config_for_hf
 
 from ..assignment import check_assignment
-from ..files.folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    check_finite,
-    check_format,
-    read_config,
-    read_tensors,
-    sha256_of,
-)
-from ..files.labels import LabelNames, read_label_names
+from ..files.folder import CONFIG_NAME, WEIGHTS_NAME, check_format, read_config
+from ..files.labels import read_label_names
+from ..files.tensors import read_header, read_tensors
 from ..head import DL2PAConfig, check_same_assignment, check_scale_in_file, head_prefixes, heads_of
 from ..options import KINDS, PREFIX
 from ..prototypes import check_prototypes
-from ..prototypes.files import staging_folder, write_tensors
 from ..values import is_kind
-from ..version import __version__
-from .wrapping import REGISTRY_NAME, backbone_name, registry_options, wrap_dl2pa
+from .budget import BuildBudget
+from .wrapping import REGISTRY_NAME, registry_options, wrap_dl2pa
 
-__all__ = ['SavedModel', 'check_backbone', 'check_backbone_arguments', 'model_stage', 'names_weights', 'read_model']
+__all__ = ['FORMAT', 'PACKAGE_KEY', 'SavedModel', 'check_backbone', 'check_backbone_arguments', 'check_model',
+           'names_weights', 'read_model']
 
 # The key of this package's part of timm's config, and the number of its format.
-_KEY = 'timm_dl2pa'
-_FORMAT = 1
+PACKAGE_KEY = 'timm_dl2pa'
+FORMAT = 1
 
 # The entries of timm's pretrained_cfg that concern images and labels, with the types of their values. The other entries
 # belong to the backbone or name files, and are ignored.
@@ -48,6 +36,8 @@ _DATA_ENTRIES = {
     'label_descriptions': dict}
 # Arguments that a config must not have, because they could name weights other than the file beside it.
 _REFUSED_ARGUMENTS = {*inspect.signature(timm.create_model).parameters, 'features_only', 'file', 'url'} - {'kwargs'}
+# Larger whole numbers are refused among the arguments of a backbone: sizes of images and layers are far smaller.
+_MAX_NUMBER = 2 ** 24
 
 
 @dataclass(frozen=True)
@@ -104,10 +94,48 @@ class SavedModel:
         return model
 
 
+def check_model(folder: Path, origin: str) -> tuple[SavedModel, nn.Module]:
+    """Read and check the config of a saved model, and make the model of it on PyTorch's meta device.
+
+    That takes no memory, whatever sizes the config states, and ends early where the config asks for far more layers
+    than there are weights. If the weights are beside it, their names and shapes are compared; they are not read.
+
+    Args:
+        folder: The folder that holds the config, and the weights or not.
+        origin: The name of the source for error messages.
+
+    Returns:
+        The contents of the config, and the model.
+
+    Raises:
+        ValueError: The config is not that of a DL2PA model, is of a newer format or names other files; timm cannot
+            make the model; or the weights are damaged or do not match the config.
+    """
+    saved = _read_saved_config(folder, origin)
+    path = folder / WEIGHTS_NAME
+    header = read_header(path, origin) if path.is_file() else None
+    try:
+        with BuildBudget(header and len(header.shapes)), torch.device('meta'):
+            meta_model = saved.build()
+    except ValueError as error:
+        raise ValueError(f'{origin}: {error}') from error
+    _check_head(saved, meta_model, origin)
+    if header is not None:
+        header.check(*_expected_tensors(meta_model))
+    return saved, meta_model
+
+
+def _expected_tensors(meta_model: nn.Module) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return the shapes of a model's tensors by name, and the names of those of an integer dtype."""
+    state = meta_model.state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}, \
+        {name for name, tensor in state.items() if not tensor.is_floating_point()}
+
+
 def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.Tensor]]:
     """Read and check the config and the weights of a saved model. Nothing is unpickled.
 
-    The model is first made on PyTorch's meta device, which takes no memory, whatever sizes the config states.
+    The model is first made by `check_model`.
 
     Args:
         folder: The folder that holds the two files.
@@ -120,17 +148,8 @@ def read_model(folder: Path, origin: str) -> tuple[SavedModel, dict[str, torch.T
         ValueError: The config is not that of a DL2PA model, is of a newer format or names other files; or the weights
             are damaged, do not match the config, are not finite or do not make a head.
     """
-    saved = _read_saved_config(folder, origin)
-    try:
-        with torch.device('meta'):
-            meta_model = saved.build()
-    except ValueError as error:
-        raise ValueError(f'{origin}: {error}') from error
-    _check_head(saved, meta_model, origin)
-    state = meta_model.state_dict()
-    tensors = read_tensors(
-        folder / WEIGHTS_NAME, origin, {name: tuple(tensor.shape) for name, tensor in state.items()},
-        {name for name, tensor in state.items() if not tensor.is_floating_point()}, saved.digest)
+    saved, meta_model = check_model(folder, origin)
+    tensors = read_tensors(folder / WEIGHTS_NAME, origin, *_expected_tensors(meta_model), saved.digest)
     for prefix in head_prefixes(tensors):
         config = meta_model.get_submodule(prefix.rstrip('.')).config
         try:
@@ -184,18 +203,28 @@ def names_weights(name: str) -> bool:
 
 
 def check_backbone_arguments(arguments: dict[str, Any]) -> None:
-    """Check that the arguments of a backbone name no weights: a downloaded config must not load any other file.
+    """Check that the arguments of a backbone name no weights, and no absurd sizes.
+
+    A downloaded config must not load any other file, nor keep Python busy with counting.
 
     Args:
         arguments: The arguments by name.
 
     Raises:
-        ValueError: One of the arguments concerns weights.
+        ValueError: One of the arguments concerns weights, or a whole number is absurd.
     """
     refused = sorted(filter(names_weights, arguments))
     if refused:
         raise ValueError(f'{refused[0]}={arguments[refused[0]]!r} cannot be among the arguments of a saved model: its '
                          f'weights must be those beside its {CONFIG_NAME}.')
+    queue = [(name, value) for name, value in arguments.items() if not name.startswith(PREFIX)]
+    while queue:
+        name, value = queue.pop()
+        if isinstance(value, (list, tuple, dict)):
+            parts = value.values() if isinstance(value, dict) else value
+            queue.extend((name, part) for part in parts)
+        elif is_kind(value, int) and abs(value) > _MAX_NUMBER:
+            raise ValueError(f'{name} must not be {value!r:.30} or hold it: no model has such a size.')
 
 
 def _read_saved_config(folder: Path, origin: str) -> SavedModel:
@@ -204,13 +233,14 @@ def _read_saved_config(folder: Path, origin: str) -> SavedModel:
     where = f'{origin}: {CONFIG_NAME}'
     if config.get('architecture') != REGISTRY_NAME:
         name = config.get('architecture')
-        hint = ' It is that of a head alone: load it with load_head.' if config.get('library_name') == _KEY else \
+        is_head = config.get('library_name') == PACKAGE_KEY
+        hint = ' It is that of a head alone: load it with load_head.' if is_head else \
             " It is a plain timm model: load it with timm.create_model('hf-hub:...')." \
             if isinstance(name, str) and timm.is_model(name) else ''
         raise ValueError(f'{where} is not that of a DL2PA model: its architecture is {name!r}, '
                          f'not {REGISTRY_NAME!r}.{hint}')
-    data, arguments, package_entry = (config.get(name) or {} for name in ('pretrained_cfg', 'model_args', _KEY))
-    for name, value in (('pretrained_cfg', data), ('model_args', arguments), (_KEY, package_entry)):
+    data, arguments, package_entry = (config.get(name) or {} for name in ('pretrained_cfg', 'model_args', PACKAGE_KEY))
+    for name, value in (('pretrained_cfg', data), ('model_args', arguments), (PACKAGE_KEY, package_entry)):
         if not isinstance(value, dict):
             raise ValueError(f'{where}: {name} must be an object, not {value!r}.')
     arguments = dict(arguments)
@@ -237,9 +267,9 @@ def _read_saved_config(folder: Path, origin: str) -> SavedModel:
             raise ValueError(f'{where}: {PREFIX}{name} must be {expected}, not {value!r}.')
     head = versions = digest = None
     if package_entry:
-        check_format(package_entry.get('format'), _FORMAT, origin)
+        check_format(package_entry.get('format'), FORMAT, origin)
         if not isinstance(package_entry.get('head'), dict):
-            raise ValueError(f'{where}: {_KEY} must state the config of the head, an object, not '
+            raise ValueError(f'{where}: {PACKAGE_KEY} must state the config of the head, an object, not '
                              f'{package_entry.get("head")!r}.')
         head = DL2PAConfig.from_json(package_entry['head'], where)
         versions, digest = package_entry.get('versions'), package_entry.get('weights_sha256')
@@ -275,96 +305,3 @@ def _checked_data(pretrained_cfg: dict[str, Any], where: str) -> dict[str, Any]:
         if not is_valid:
             raise ValueError(f'{where}: {name} has the wrong type, length or range: {value!r}.')
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-
-
-@contextmanager
-def model_stage(
-        model: nn.Module,
-        *,
-        model_args: dict[str, Any] | None = None,
-        data_config: dict[str, Any] | None = None,
-        label_names: LabelNames | None = None,
-        parent: str | os.PathLike | None = None,
-) -> Iterator[Path]:
-    """Context manager that writes a model's two files to a temporary folder, after checking that timm can load them.
-
-    Args:
-        model: A wrapped model, or a folded one.
-        model_args: The arguments of `timm.create_model` for the backbone, if timm did not record them.
-        data_config: The preparation of images. Default: the model's.
-        label_names: The names of the C classes, if known.
-        parent: The folder in which the temporary folder is created. Default: the system's.
-
-    Yields:
-        The temporary folder, which is removed on leaving the context.
-
-    Raises:
-        ValueError: The model was not made by timm, a tensor is not finite, the number of names is not C, the arguments
-            are not JSON values, or the files make another model.
-    """
-    if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
-        raise ValueError(f'model ({type(model).__name__}) was not made by timm.create_model, and timm cannot load it: '
-                         f'save or push the head alone.')
-    label_names = read_label_names(label_names, model.num_classes)
-    # Cloned, because safetensors refuses shared memory and tensors that are not contiguous.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    check_finite(state, 'the model')
-    with staging_folder(parent) as folder:
-        write_tensors(folder / WEIGHTS_NAME, state, {'format': 'pt'})
-        config = _write_config(model, model_args or {}, data_config, label_names, folder)
-        _check_reloaded(state, config.get('model_args', {}), folder)
-        yield folder
-
-
-def _write_config(
-        model: nn.Module,
-        model_args: dict[str, Any],
-        data_config: dict[str, Any] | None,
-        label_names: list[str] | None,
-        folder: Path,
-) -> dict[str, Any]:
-    """Write the config in timm's format, with this package's entries, and return it."""
-    heads = heads_of(model)
-    options = {**registry_options(heads[0].config), f'{PREFIX}backbone': backbone_name(model)} if heads else {}
-    try:
-        json.dumps(model_args)
-    except TypeError as error:
-        raise ValueError(f'model_args must be JSON values: {error}.') from None
-    data_arguments = {'data_config': data_config} if data_config else {}
-    if data_arguments and 'data_config' not in inspect.signature(save_config_for_hf).parameters:
-        raise ValueError(f'data_config needs timm 1.0.31 or newer, not {timm.__version__}.')
-    # timm adds the arguments that it recorded. Those of this package may name a file of prototypes or concern training,
-    # and are overridden.
-    recorded = [name for name in getattr(model, '_model_args', {}) if name.startswith(PREFIX)]
-    path = folder / CONFIG_NAME
-    extra: dict[str, Any] = {'label_names': label_names} if label_names else {}
-    if heads:
-        extra[_KEY] = {
-            'format': _FORMAT,
-            'head': asdict(heads[0].config),
-            'weights_sha256': sha256_of(folder / WEIGHTS_NAME),
-            'versions': {_KEY: __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)},
-        }
-    save_config_for_hf(model, path, model_config=extra,
-                       model_args={**dict.fromkeys(recorded), **options, **model_args}, **data_arguments)
-    config = json.loads(path.read_text(encoding='utf-8'))
-    arguments = {name: value for name, value in (config.get('model_args') or {}).items()
-                 if name in options or not name.startswith(PREFIX)}
-    config['model_args'] = arguments
-    path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    return config
-
-
-def _check_reloaded(state: dict[str, torch.Tensor], arguments: dict[str, Any], folder: Path) -> None:
-    """Raise a ValueError unless timm loads the same tensors from the files."""
-    remedy = 'Give model_args, the arguments of timm.create_model.'
-    with torch.random.fork_rng(devices=[]):
-        try:
-            reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
-        except Exception as error:
-            raise ValueError(f'timm cannot load the model from its files, with the arguments {arguments}: '
-                             f'{str(error).rstrip(".")}. {remedy}') from error
-    for name in sorted(state.keys() | reloaded.keys()):
-        if name not in state or name not in reloaded or state[name].shape != reloaded[name].shape or not torch.equal(
-                state[name], reloaded[name].cpu().to(state[name].dtype)):
-            raise ValueError(f'timm makes another model with the arguments {arguments}: {name} differs. {remedy}')

@@ -9,7 +9,7 @@ from ..files.labels import LabelNames
 from ..files.upload import upload
 from ..head import heads_of
 from .folding import fold_dl2pa
-from .model_files import model_stage
+from .model_stage import model_stage
 from .saved import check_savable, label_names_of
 from .wrapping import backbone_name
 

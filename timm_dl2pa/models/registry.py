@@ -1,6 +1,7 @@
 """The entry `dl2pa` in timm's registry, by which `timm.create_model` makes and loads wrapped models."""
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -8,12 +9,13 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, load_pretrained, register_model
 
-from ..files.folder import find_files
 from ..files.labels import read_label_names
+from ..files.source import find_files
 from ..head import check_same_assignment, default_scale, head_prefixes, load_neck
 from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
-from .model_files import SavedModel, check_backbone, check_backbone_arguments, read_model
+from .budget import BuildBudget
+from .model_files import SavedModel, check_backbone, check_backbone_arguments, check_model, read_model
 from .wrapping import wrap_dl2pa
 
 __all__ = ['dl2pa']
@@ -86,8 +88,13 @@ def dl2pa(
                 'state_dict': tensors}
         if kwargs.get('num_classes', saved.num_classes) != saved.num_classes:
             options = _for_other_classes(options, saved)
+    elif data.get('source') == 'local-dir':
+        check_model(Path(data['file']), data['file'])
     if (data.get('num_classes') or 0) > 0:  # train.py passes -1 if the file has another number of classes
         kwargs.setdefault('num_classes', data['num_classes'])
+    if data.get('source') == 'hf-hub' and not repository:  # its config was read, its weights are not here
+        with BuildBudget(), torch.device('meta'):
+            timm.create_model(dl2pa_backbone, **kwargs)
     backbone = timm.create_model(
         dl2pa_backbone, pretrained=pretrained and not load_whole_model, cache_dir=cache_dir, **kwargs)
     if kwargs.get('features_only'):

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..files.folder import find_files, new_folder, replace_files
+from ..files.folder import new_folder, replace_files
 from ..files.labels import LabelNames, read_label_names
+from ..files.source import find_files
 from ..head import DL2PAHead, heads_of
-from .model_files import model_stage, read_model
+from .model_files import read_model
+from .model_stage import model_stage
 from .wrapping import backbone_name, replace_classifiers
 
 __all__ = ['check_savable', 'label_names_of', 'load_model', 'save_model']

@@ -1,10 +1,10 @@
-"""`wrap_dl2pa`: finds the classifiers of a timm model and replaces them by DL2PA heads."""
+"""`wrap_dl2pa`: replaces the classifiers of a timm model by DL2PA heads."""
 import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,18 @@ from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
 from ..options import PREFIX, names_of
 from ..prototypes import make_prototypes
 from ..recipes import DEFAULT_RECIPE
+from .classifiers import (
+    check_classes_agree,
+    check_has_classifier,
+    find_classifiers,
+    has_no_classes,
+    meta_copy,
+    reset_classifier,
+)
 from .reparameterization import fuse_around_heads
 
 __all__ = ['REGISTRY_NAME', 'RemovedLinear', 'backbone_name', 'record_registry_entry', 'registry_options',
-           'replace_classifiers', 'set_module', 'unregistered_tensors', 'wrap_dl2pa']
+           'replace_classifiers', 'set_module', 'wrap_dl2pa']
 
 # The name of the entry for wrapped models in timm's registry.
 REGISTRY_NAME = 'dl2pa'
@@ -26,131 +34,6 @@ REGISTRY_NAME = 'dl2pa'
 
 class RemovedLinear(nn.Identity):
     """Placeholder, within `DL2PAHead.before`, for the removed last linear layer of timm's classifier."""
-
-
-@dataclass(frozen=True)
-class _ClassifierSlot:
-    """The position of a classifier in a model, and the properties of its last linear layer.
-
-    Attributes:
-        path: The path of the module that timm's `reset_classifier(0)` removes, and that the head replaces.
-        linear: The path, within that module, of the layer with a row for each class; '' if it is the module itself.
-        in_features: The input size of that layer.
-        channels_first: Whether that layer is a 1x1 convolution.
-        auxiliary: Whether `get_classifier()` omits the classifier.
-    """
-    path: str
-    linear: str
-    in_features: int
-    channels_first: bool
-    auxiliary: bool
-
-
-def _check_has_classifier(model: nn.Module) -> None:
-    if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
-        raise ValueError(f'model ({type(model).__name__}) has no get_classifier() and reset_classifier(): wrap_dl2pa '
-                         f'takes a timm classification model. In another model, replace the classifier by a DL2PAHead.')
-
-
-def _timm_classifiers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the classifiers that timm's own `get_classifier()` returns, the main one first."""
-    queue = [type(model).get_classifier(model)]
-    while queue:
-        found = queue.pop(0)
-        if isinstance(found, nn.Module) and not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
-            yield found
-        elif found is not None:
-            queue[:0] = found.values() if isinstance(found, (dict, nn.ModuleDict)) else found
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model without its weights: every parameter and buffer is on the meta device."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
-    memo.update((id(tensor), tensor.detach().to('meta'))
-                for tensor in [*model.buffers(), *unregistered_tensors(model)])
-    return copy.deepcopy(model, memo)
-
-
-def unregistered_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield the tensors that modules hold without registering them as parameters or buffers.
-
-    An example is LeViT's cache of attention biases. Such tensors may have an autograd history, with which deepcopy
-    fails.
-
-    Args:
-        model: Any module.
-
-    Yields:
-        One tensor at a time. Buffers are among them.
-    """
-    for module in model.modules():
-        for value in vars(module).values():
-            values = value.values() if isinstance(value, dict) else [value]
-            yield from (tensor for tensor in values if isinstance(tensor, torch.Tensor)
-                        and not isinstance(tensor, nn.Parameter))
-
-
-def _reset(model: nn.Module, num_classes: int, *args: Any, **kwargs: Any) -> None:
-    """Call timm's own `reset_classifier`, also on a wrapped model."""
-    type(model).reset_classifier(model, num_classes, *args, **kwargs)
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-
-
-def _find_classifiers(model: nn.Module) -> list[_ClassifierSlot]:
-    """Find every classifier, the main one first, by the effect of timm's own `reset_classifier` on a copy.
-
-    A layer has a row for each class if it gets another number of rows, or vanishes, with another number of classes. The
-    classifier is the module that `reset_classifier(0)` removes: such a layer, or a module around it (for example, with
-    a batch norm before the layer).
-    """
-    modules = dict(model.named_modules())
-    classifiers = list(_timm_classifiers(model))
-    unused_size = 1 + max([len(p) for p in model.parameters() if p.dim()], default=0)
-    trial = _meta_copy(model)
-    original_modules = set(trial.modules())
-    with torch.device('meta'):
-        _reset(trial, unused_size)
-        resized = dict(trial.named_modules())
-        _reset(trial, 0)
-    removed = dict(trial.named_modules())
-
-    order: dict[str, int] = {}
-    for path, module in modules.items():
-        if not _is_linear(module):
-            continue
-        if path in resized and (resized[path] in original_modules
-                                or len(next(resized[path].parameters(), ())) != unused_size):
-            continue
-        owner = next((i for i, classifier in enumerate(classifiers) if module in set(classifier.modules())), None)
-        order[path] = len(classifiers) if owner is None else owner
-    slots = []
-    for path in sorted(order, key=order.get):
-        names = path.split('.')
-        prefixes = ('.'.join(names[:i]) for i in range(1, len(names) + 1))
-        top = next(name for name in prefixes
-                   if name == path or isinstance(removed.get(name, nn.Identity()), nn.Identity))
-        layer = modules[path]
-        slots.append(_ClassifierSlot(
-            path=top,
-            linear=path[len(top) + 1:],
-            in_features=layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features,
-            channels_first=isinstance(layer, nn.Conv2d),
-            auxiliary=order[path] == len(classifiers),
-        ))
-    if not slots:
-        kinds = ', '.join(type(classifier).__name__ for classifier in classifiers) or 'nothing'
-        raise ValueError(f'the classifier of {type(model).__name__} is a {kinds}, which wrap_dl2pa cannot replace: it '
-                         f'replaces linear layers and 1x1 convolutions that have a row for each class and that '
-                         f'reset_classifier of timm creates.')
-    return slots
-
-
-def _has_no_classes(model: nn.Module) -> bool:
-    return getattr(model, 'num_classes', None) == 0 or all(
-        isinstance(classifier, nn.Identity) for classifier in _timm_classifiers(model))
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -177,7 +60,8 @@ def replace_classifiers(
     Args:
         model: A timm model, possibly already wrapped.
         make_head: Called with `in_features`, `device` and `dtype`; returns a head.
-        num_classes: C, for a model without classes. timm first restores its classifier with this number.
+        num_classes: C. For a model without classes, timm first restores its classifier with this number. None for a
+            model that has classes: its `num_classes`, which must agree with the rows of its classifiers.
 
     Returns:
         The same model.
@@ -195,17 +79,21 @@ def replace_classifiers(
 
     wrapped = {path: module for path, module in model.named_modules() if isinstance(module, DL2PAHead)}
     if wrapped:
+        if num_classes is None:
+            check_classes_agree(model, {path: head.num_classes for path, head in wrapped.items()})
         for path, old in sorted(wrapped.items(), key=lambda item: item[1].auxiliary):
             weight = next(old.neck.parameters(), reference_weight)
             head = add(path, old.in_features, weight.device, weight.dtype, old.training)
             head.before, head.channels_first, head.auxiliary = old.before, old.channels_first, old.auxiliary
     else:
-        timm_model, restore_classifier = model, _has_no_classes(model)
+        timm_model, restore_classifier = model, has_no_classes(model)
         if restore_classifier:
-            timm_model = _meta_copy(model)
+            timm_model = meta_copy(model)
             with torch.device('meta'):
-                _reset(timm_model, num_classes)
-        slots = _find_classifiers(timm_model)
+                reset_classifier(timm_model, num_classes)
+        slots = find_classifiers(timm_model)
+        if num_classes is None:
+            check_classes_agree(model, {f'{slot.path}.{slot.linear}'.strip('.'): slot.rows for slot in slots})
         for slot in slots:
             layer = model.get_submodule(f'{slot.path}.{slot.linear}'.strip('.')) if timm_model is model else None
             weight = reference_weight if layer is None else layer.weight
@@ -217,7 +105,7 @@ def replace_classifiers(
                          f"train_output='logits'.")
 
     if restore_classifier:
-        _reset(model, num_classes)
+        reset_classifier(model, num_classes)
     if not wrapped:
         for slot in slots:
             if slot.linear:
@@ -332,7 +220,7 @@ class _ResetClassifier:
         heads = heads_of(self.model)
         self.config = old = heads[0].config if heads else self.config
         if num_classes == 0:
-            _reset(self.model, 0, *args, **kwargs)
+            reset_classifier(self.model, 0, *args, **kwargs)
             record_registry_entry(self.model, None)
             return
         points = heads[0].prototypes if heads and old.own_prototypes else None
@@ -348,7 +236,7 @@ class _ResetClassifier:
 
         if num_classes != self.model.num_classes:
             self.model.label_names = None
-        _reset(self.model, num_classes, *args, **kwargs)
+        reset_classifier(self.model, num_classes, *args, **kwargs)
         replace_classifiers(self.model, make_head)
         for head in heads_of(self.model):
             head.train(self.model.training)  # before 1.0.31, timm leaves new layers in training mode
@@ -385,7 +273,7 @@ def wrap_dl2pa(
         dim: d, the dimension of the embeddings. It may be much smaller than the number of classes.
         recipe: 'placed', 'even' or 'paper'. It sets neck, scale and initial assignment, and the warm-up and class means
             of an `AssignmentScheduler` for the model.
-        num_classes: C. Default: that of the model.
+        num_classes: C. Default: that of the model, which must agree with the rows of its classifiers.
         num_prototypes: K >= C. Default: C.
         prototypes: (K, d) unit rows, or the path of a safetensors file of them. Default: `make_prototypes(K, d)` with
             the seed.
@@ -404,8 +292,9 @@ def wrap_dl2pa(
         The same model.
 
     Raises:
-        ValueError: The model is not a timm classification model, its classifier is of a kind that cannot be replaced,
-            an argument is out of range, or it is given together with `head`. The model was not changed.
+        ValueError: The model is not a timm classification model (but, say, a wrapper of `torch.compile` around one),
+            its classifier is of a kind that cannot be replaced, or was replaced by one for another number of classes;
+            an argument is out of range, or is given together with `head`. The model was not changed.
 
     Example:
         >>> model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=10), dim=8)
@@ -414,15 +303,13 @@ def wrap_dl2pa(
         >>> model.get_classifier().dim
         8
     """
-    _check_has_classifier(model)
+    check_has_classifier(model)
     if head is not None:
         options = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
                        learn_scale=learn_scale, train_output=train_output, seed=seed)
         return _wrap_with_head(model, head, num_classes, dim, options)
-    if num_classes is None:
-        num_classes = model.num_classes
-        if num_classes < 1:
-            raise ValueError(f'num_classes must be given: {type(model).__name__} was created without classes.')
+    if num_classes is None and has_no_classes(model):
+        raise ValueError(f'num_classes must be given: {type(model).__name__} has no classifier.')
     first: DL2PAHead | None = None
 
     def make_head(**factory_kwargs: Any) -> DL2PAHead:
@@ -431,7 +318,7 @@ def wrap_dl2pa(
             config = replace(first.config, in_features=factory_kwargs.pop('in_features'))
             return DL2PAHead.from_config(config, first.prototypes, **factory_kwargs)
         first = DL2PAHead(
-            num_classes=num_classes,
+            num_classes=model.num_classes if num_classes is None else num_classes,
             dim=dim,
             recipe=recipe,
             num_prototypes=num_prototypes,

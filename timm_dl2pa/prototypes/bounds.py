@@ -5,6 +5,8 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 
+from ..values import whole_number
+
 __all__ = ['max_cosine_lower_bound']
 
 
@@ -37,9 +39,7 @@ def max_cosine_lower_bound(num_prototypes: int, dim: int) -> float:
         >>> max_cosine_lower_bound(16, 8)
         0.0
     """
-    num_points = num_prototypes
-    if num_points < 2 or dim < 1:
-        raise ValueError(f'num_prototypes must be at least 2 and dim at least 1, not {num_points} and {dim}.')
+    num_points, dim = whole_number('num_prototypes', num_prototypes, least=2), whole_number('dim', dim, least=1)
     if dim == 1 and num_points > 2:
         raise ValueError(f'dim=1 has room for 2 distinct unit vectors, not for num_prototypes={num_points}: '
                          f'use dim=2 or more.')

@@ -1,10 +1,12 @@
 """What an AssignmentScheduler refuses: unfit heads, numbers out of range, states that are not its own."""
+import warnings
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from ..head import DL2PAHead
+from ..head import DL2PAHead, left_out_by_peft
+from ..values import real_number, whole_number
 
 __all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
 
@@ -17,18 +19,21 @@ def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
         if other.num_classes != heads[0].num_classes or not torch.equal(other.prototypes, heads[0].prototypes):
             raise ValueError('the DL2PA heads of the model differ in classes or prototypes, so that they cannot '
                              'share an assignment: make a scheduler for each head.')
+    left_out = left_out_by_peft(model)
+    if left_out:
+        warnings.warn(f'PEFT will not save the DL2PAHead {left_out[0]!r}, whose prototypes and assignment change in '
+                      f'training: give its name to the adapter, '
+                      f"modules_to_save=['{left_out[0].rpartition('.')[2]}'].", stacklevel=3)
     return heads
 
 
-def check_numbers(start: int, stop: int | None, momentum: float) -> float:
-    """Return the momentum, or raise a ValueError if a number is out of range."""
-    if start < 0:
-        raise ValueError(f'start must be at least 0, not {start}.')
-    if stop is not None and stop < 0:
-        raise ValueError(f'stop must be at least 0 or None, not {stop}.')
-    if not 0 <= momentum <= 1:
-        raise ValueError(f'momentum must be from 0 to 1, not {momentum}.')
-    return momentum
+def check_numbers(start: int, stop: int | None, momentum: float, ignore_index: int
+                  ) -> tuple[int, int | None, float, int]:
+    """Return the numbers as Python's, or raise a ValueError if one is out of range."""
+    return (whole_number('start', start, least=0),
+            None if stop is None else whole_number('stop', stop, least=0, remedy='None never stops.'),
+            real_number('momentum', momentum, 0, 1),
+            whole_number('ignore_index', ignore_index))
 
 
 def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: Any) -> None:

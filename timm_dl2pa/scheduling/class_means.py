@@ -1,26 +1,12 @@
 """Streaming mean directions of classes, from the embeddings of training batches."""
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 
 from ..distributed import add_over_ranks, is_distributed, rank
+from ..values import whole_number
+from .targets import IGNORED, check_targets, shares_of
 
-__all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means', 'shares_of']
-
-
-def shares_of(targets: torch.Tensor, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Yield class indices (B,) and the shares (B, 1) that the samples have in them; None stands for ones."""
-    if targets.ndim == 1:
-        # On a GPU an index out of range would end the process before `check` can name it.
-        yield targets.long().clamp(0, num_classes - 1), None
-        return
-    targets = targets.float()
-    shares, labels = targets.topk(min(2, num_classes), dim=1)
-    shares = shares - targets.amin(dim=1, keepdim=True)
-    total = shares.sum(dim=1, keepdim=True)
-    shares = torch.where(total == 0, total, shares / total)
-    yield from zip(labels.unbind(1), shares.split(1, dim=1))
+__all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means']
 
 
 def directions_of(sums: torch.Tensor) -> torch.Tensor:
@@ -52,16 +38,19 @@ class ClassMeans:
     """
 
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
-        self.num_classes = num_classes
-        self.dim = dim
-        self.sums = torch.zeros(num_classes, dim, device=device)
+        self.num_classes = num_classes = whole_number('num_classes', num_classes, least=1)
+        self.dim = dim = whole_number('dim', dim, least=1)
+        self.sums = torch.zeros(num_classes, dim, device=device, dtype=torch.float32)
         # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
         self.label_range = torch.tensor([0, 0], device=device)
+        # How many samples came since the last `decay`, and how many of them were left out as not finite.
+        self.tally = torch.tensor([0, 0], device=device)
 
     def to(self, device: torch.device | str) -> 'ClassMeans':
         """Move the sums, in place."""
         self.sums = self.sums.to(device)
         self.label_range = self.label_range.to(device)
+        self.tally = self.tally.to(device)
         return self
 
     @torch.no_grad()
@@ -70,46 +59,45 @@ class ClassMeans:
 
         Args:
             embeddings: (B, d), unit rows, float32.
-            targets: Class indices (B,), or soft targets (B, C) as mixup and cutmix make them: of each row, the two
-                largest entries count, by how far they rise above the row's smallest, which takes out the constant that
-                label smoothing adds. Each sample has the total weight 1. (With C = 2 a mixed sample is one of its main
-                class: there the other share cannot be told from smoothing.)
+            targets: Class indices (B,), where -100 marks a sample that is left out; or soft targets (B, C) as mixup and
+                cutmix make them: of each row, the two largest entries count, by how far they rise above the row's
+                smallest, which takes out the constant that label smoothing adds. Each sample has the total weight 1.
+                (With C = 2 a mixed sample is one of its main class: there the other share cannot be told from
+                smoothing.)
 
         Raises:
             ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
         """
-        self.check_shapes(embeddings, targets)
+        check_targets(targets, embeddings, self.num_classes)
         if len(targets) == 0:
             return
         self._note_labels(targets)
         for labels, share in shares_of(targets, self.num_classes):
             # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
-            self.sums.index_add_(
-                0, labels, embeddings if share is None else torch.where(share != 0, share * embeddings, 0.0))
+            self.sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
 
     def _note_labels(self, targets: torch.Tensor) -> None:
         if targets.ndim == 1:
-            lowest, highest = torch.aminmax(torch.cat([targets.long(), self.label_range]))
+            labels = targets.long()
+            lowest, highest = torch.aminmax(torch.cat([labels.where(labels != IGNORED, 0), self.label_range]))
             self.label_range = torch.stack([lowest, highest])
 
-    def check_shapes(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
-        """Raise a ValueError unless the targets are class indices (B,) or soft targets (B, C) for B embeddings."""
-        if targets.ndim == 0 or targets.shape[1:] not in ((), (self.num_classes,)):
-            raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}), '
-                             f'not of the shape {tuple(targets.shape)}.')
-        if len(targets) != len(embeddings):
-            raise ValueError(f'targets are for {len(targets)} samples, but there are {len(embeddings)} embeddings.')
-        if targets.ndim == 1 and targets.is_floating_point():
-            raise ValueError(f'targets of the shape {tuple(targets.shape)} must be class indices (int64), '
-                             f'not {targets.dtype}.')
+    def count(self, tally: torch.Tensor) -> None:
+        """Add to the numbers of samples, and of those left out as not finite: (2,) int64, on the sums' device."""
+        self.tally += tally
 
     def reset(self) -> None:
         """Forget all samples."""
         self.sums.zero_()
         self.label_range.zero_()
+        self.tally.zero_()
 
-    def check(self) -> None:
-        """Raise a ValueError that names a class if a label was out of range or a sum is not finite. Waits."""
+    def check(self) -> int:
+        """Return how many samples were left out as not finite since the last `decay`. Waits for the device.
+
+        Raises:
+            ValueError: They were all, a sum is not finite, or a label was out of range. The class is named.
+        """
         lowest, highest = self.label_range.tolist()
         if lowest < 0 or highest >= self.num_classes:
             raise ValueError(f'targets contained class {lowest if lowest < 0 else highest}, '
@@ -119,31 +107,42 @@ class ClassMeans:
             more = f' (and of {len(broken) - 1} more)' if len(broken) > 1 else ''
             raise ValueError(f'embeddings or targets of class {broken[0]}{more} were not finite: the training has '
                              f'diverged, or its input holds NaN. The assignment was left as it is.')
+        samples, left_out = self.tally.tolist()
+        if left_out and left_out == samples:
+            raise ValueError(f'the embeddings or targets of all {samples} samples since the last re-solve were not '
+                             f'finite: the training has diverged, or its input holds NaN. The assignment was left as '
+                             f'it is.')
+        return left_out
 
     def directions(self) -> torch.Tensor:
         """Return the class means (C, d), float64 on the CPU: unit rows, zero for a class without samples."""
         return directions_of(self.sums)
 
     def decay(self, momentum: float) -> None:
-        """Multiply what was summed so far by `momentum`, 0 to 1."""
+        """Multiply what was summed so far by `momentum`, 0 to 1, and count samples anew."""
         self.sums *= momentum
+        self.tally.zero_()
 
     def merge(self) -> None:
         """Move the sums of all processes to rank 0. Every process must call it; alone, it does nothing."""
         if is_distributed():
             dist.reduce(self.sums, dst=0)
-            self._merge_label_range()
+            self._merge_counts()
             if rank() != 0:
                 self.sums.zero_()
 
-    def _merge_label_range(self) -> None:
+    def _merge_counts(self) -> None:
         extremes = torch.stack([-self.label_range[0], self.label_range[1]])
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         self.label_range = torch.stack([-extremes[0], extremes[1]])
+        dist.reduce(self.tally, dst=0)
+        if rank() != 0:
+            self.tally.zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the sums (C, d) float32 and the range of labels (2,) int64, as copies on the CPU."""
-        return {'sums': self.sums.cpu().clone(), 'label_range': self.label_range.cpu().clone()}
+        """Return the sums (C, d) float32, the range of labels and the tally, (2,) int64, as copies on the CPU."""
+        return {'sums': self.sums.cpu().clone(), 'label_range': self.label_range.cpu().clone(),
+                'tally': self.tally.cpu().clone()}
 
     def check_state(self, state: dict[str, torch.Tensor]) -> None:
         """Raise a ValueError unless a state has all entries, and those of as many classes and dimensions."""
@@ -169,6 +168,9 @@ class ClassMeans:
     def _take(self, state: dict[str, torch.Tensor]) -> None:
         self.sums = state['sums'].to(self.sums.device, torch.float32, copy=True)
         self.label_range = state['label_range'].to(self.label_range.device, torch.int64, copy=True)
+        self.tally = state['tally'].to(self.tally.device, torch.int64, copy=True)
+        if rank() != 0:
+            self.tally.zero_()
 
 
 class MovingClassMeans(ClassMeans):
@@ -188,7 +190,7 @@ class MovingClassMeans(ClassMeans):
     def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
         super().__init__(num_classes, dim, device)
         self.memory = memory
-        self.counts = torch.zeros(num_classes, device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> 'MovingClassMeans':
         """Move sums and counts, in place."""
@@ -200,13 +202,11 @@ class MovingClassMeans(ClassMeans):
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Fold a batch in, as `ClassMeans.add` does. In a distributed run every process must call it, also with no
         samples."""
-        self.check_shapes(embeddings, targets)
+        check_targets(targets, embeddings, self.num_classes)
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         if len(targets) > 0:
             self._note_labels(targets)
             for labels, share in shares_of(targets, self.num_classes):
-                if share is None:
-                    share = torch.ones_like(embeddings[:, :1])
                 sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
                 counts.index_add_(0, labels, share.squeeze(1))
         add_over_ranks(sums, counts)
@@ -236,12 +236,12 @@ class MovingClassMeans(ClassMeans):
         self.counts *= momentum
 
     def merge(self) -> None:
-        """Merge the range of labels. The averages are the same on every process already."""
+        """Merge range of labels and tally. The averages are the same on every process already."""
         if is_distributed():
-            self._merge_label_range()
+            self._merge_counts()
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
-        """Return sums (C, d), counts (C,), float32, the range of labels (2,) int64, copies on the CPU, and `memory`."""
+        """Return sums (C, d), counts (C,), float32, range of labels and tally, (2,) int64, on the CPU, and `memory`."""
         return {**super().state_dict(), 'counts': self.counts.cpu().clone(), 'memory': self.memory}
 
     def check_state(self, state: dict[str, torch.Tensor]) -> None:

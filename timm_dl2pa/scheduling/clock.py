@@ -3,6 +3,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from ..values import plain_value
+
 __all__ = ['Clock', 'Duration']
 
 _UNITS = ('batches', 'epochs', 'share')
@@ -42,6 +44,7 @@ class Duration:
         """
         if isinstance(given, Duration):
             return given
+        given = plain_value(given)
         text = str(given).strip()
         found = re.fullmatch(r'(\d+) ?(batch|batches|epoch|epochs|)', text)
         share = re.fullmatch(r'(\d+(?:\.\d+)?) ?%', text)

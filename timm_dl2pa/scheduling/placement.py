@@ -9,7 +9,8 @@ from ..assignment import AssignmentResult
 from ..distributed import add_over_ranks
 from ..head import DL2PAHead
 from ..prototypes.energy import UNIFORMITY
-from .class_means import shares_of
+from ..values import real_number
+from .targets import shares_of
 from .warmup import Warmup
 
 __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
@@ -53,8 +54,8 @@ class PrototypePlacement:
     def __init__(self, num_classes: int, evenness: float, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
-        self.counts = torch.zeros(num_classes, device=device)
-        self.seen = torch.zeros((), device=device)
+        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
+        self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
@@ -82,8 +83,6 @@ class PrototypePlacement:
         counts, weights = torch.zeros_like(self.counts), torch.zeros_like(embeddings[:, :1])
         shares = []
         for labels, share in shares_of(targets, self.num_classes):
-            if share is None:
-                share = torch.ones_like(weights)
             counts.index_add_(0, labels, share.squeeze(1))
             weights += share
             shares.append((labels, share))
@@ -96,7 +95,7 @@ class PrototypePlacement:
             samples = (size / self.num_classes).clamp(max=_LARGEST)
             rate = samples / (_MEMORY + _MEMORY_SHARE * self.seen)
             self.seen += samples
-            pull = rate * scale * self.num_classes / size * embeddings
+            pull = rate * scale * self.num_classes / size.clamp_min(1e-6) * embeddings
             step = (weights * probabilities).t() @ -pull
             for labels, share in shares:
                 step.index_add_(0, labels, share * pull)
@@ -142,7 +141,7 @@ def default_evenness(num_classes: int, dim: int) -> float:
 
 def check_evenness(evenness: float) -> None:
     """Raise a ValueError unless it is a finite number of at least 0."""
-    if not isinstance(evenness, (int, float)) or isinstance(evenness, bool) or not 0 <= evenness < math.inf:
+    if not 0 <= real_number('evenness', evenness) < math.inf:
         raise ValueError(f"evenness must be a finite number of at least 0, not {evenness!r}. (Exactly even prototypes: "
                          f"recipe 'even'.)")
 
@@ -185,8 +184,10 @@ class PlacedWarmup(Warmup):
     def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
         """Move the prototypes by a batch. See `Warmup.add`."""
         head = self.heads[0]
-        vectors = self.placement.to(embeddings.device).moved(
-            head.class_prototypes, embeddings, targets, head.current_scale().detach())
+        scale = head.training_view.scale
+        if scale is None:  # no forward came: the embeddings are given
+            scale = head.current_scale().detach()
+        vectors = self.placement.to(embeddings.device).moved(head.class_prototypes, embeddings, targets, scale)
         for head in self.heads:
             head.move_class_prototypes(vectors)
 

@@ -1,5 +1,7 @@
 """Resolver: solves the assignment from class means, at once or in a thread, and puts it in force."""
 import time
+import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from ..assignment import AssignmentResult, solve_assignment
 from ..distributed import rank, solve_on_rank_0
 from ..head import DL2PAHead
+from ..values import real_number, whole_number
 from .background import Background
 from .class_means import ClassMeans, directions_of
 from .clock import Clock
@@ -16,6 +19,9 @@ from .update import AssignmentUpdate
 from .warmup import Warmup
 
 __all__ = ['PendingSolve', 'Resolver']
+
+# Number of updates that are kept, and saved in every checkpoint: those of a thousand epochs at the usual interval.
+_HISTORY = 1000
 
 
 @dataclass
@@ -26,25 +32,27 @@ class PendingSolve:
         step: Batches that had been folded in when it began.
         epoch: Epochs that were over.
         take_at: Batches after which its answer is taken.
+        left_out: Samples that were left out of the class sums, as not finite.
         sums: (C, d) float32 class sums; None on other ranks.
         solver: The thread; None until it is started.
     """
     step: int
     epoch: int
     take_at: int
+    left_out: int
     sums: torch.Tensor | None
     solver: Background[tuple[AssignmentResult, float]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs: the sums, not what was made of them so far."""
-        return {'step': self.step, 'epoch': self.epoch, 'take_at': self.take_at,
+        return {'step': self.step, 'epoch': self.epoch, 'take_at': self.take_at, 'left_out': self.left_out,
                 'sums': None if self.sums is None else self.sums.cpu().clone()}
 
 
 class Resolver:
     """Holds what a re-solve needs beside the class means: dual prices, the least gain, and a solve that is pending.
 
-    `history` lists what was put in force.
+    `history` lists the last thousand updates that were put in force, and `updates` counts all.
 
     Args:
         heads: The heads of a model. The first one's prototypes and assignment count, all get the answer.
@@ -56,16 +64,20 @@ class Resolver:
     """
 
     def __init__(self, heads: Sequence[DL2PAHead], *, min_gain: float = 0.0, lag: int = 16):
-        if not 0 <= min_gain < 1:
-            raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
-        if lag < 1:
-            raise ValueError(f'lag must be at least 1, not {lag}.')
         self.heads = heads
-        self.min_gain = min_gain
-        self.lag = lag
-        self.history: list[AssignmentUpdate] = []
+        self.min_gain = real_number('min_gain', min_gain)
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
+        self.lag = whole_number('lag', lag, least=1)
+        self._history: deque[AssignmentUpdate] = deque(maxlen=_HISTORY)
+        self.updates = 0
         self.prices: torch.Tensor | None = None
         self.pending: PendingSolve | None = None
+
+    @property
+    def history(self) -> list[AssignmentUpdate]:
+        """The last updates, in their order."""
+        return list(self._history)
 
     def reset(self) -> None:
         """Forget prices, and a solve that is pending."""
@@ -84,16 +96,26 @@ class Resolver:
         """
         began = time.perf_counter()
 
-        def solve() -> tuple[AssignmentResult, torch.Tensor | None]:
-            class_means.check()
+        def solve() -> tuple[AssignmentResult, torch.Tensor | None, int]:
+            left_out = self._checked(class_means)
             means = class_means.directions()
-            return (self._match(means, self.head.prototypes, self._in_force()), None) if warmup is None else \
-                warmup.solve(means)
+            if warmup is not None:
+                return *warmup.solve(means), left_out
+            return self._match(means, self.head.prototypes, self._in_force()), None, left_out
 
-        result, prototypes = solve_on_rank_0(solve, self.head.prototypes.device)
+        result, prototypes, left_out = solve_on_rank_0(solve, self.head.prototypes.device)
         return self._put_in_force(result, prototypes, AssignmentUpdate(
             clock.batches, clock.epochs, result.moved, result.objective_before, result.objective,
-            time.perf_counter() - began, 'resolve' if warmup is None else warmup.name))
+            time.perf_counter() - began, 'resolve' if warmup is None else warmup.name, left_out))
+
+    @staticmethod
+    def _checked(class_means: ClassMeans) -> int:
+        """Return how many samples were left out, and warn if there were some. On rank 0."""
+        left_out = class_means.check()
+        if left_out:
+            warnings.warn(f'{left_out} samples since the last re-solve were left out of the class means: their '
+                          f'embeddings or targets were not finite.', stacklevel=2)
+        return left_out
 
     def launch(self, class_means: ClassMeans, clock: Clock) -> None:
         """Begin a solve in the background, by class means that are merged on rank 0.
@@ -101,8 +123,8 @@ class Resolver:
         Raises:
             ValueError: As `resolve`.
         """
-        solve_on_rank_0(class_means.check, self.head.prototypes.device)
-        self.pending = PendingSolve(clock.batches, clock.epochs, clock.batches + self.lag,
+        left_out = solve_on_rank_0(lambda: self._checked(class_means), self.head.prototypes.device)
+        self.pending = PendingSolve(clock.batches, clock.epochs, clock.batches + self.lag, left_out,
                                     class_means.sums.clone() if rank() == 0 else None)
         self._start_thread()
 
@@ -137,7 +159,8 @@ class Resolver:
         self.pending = None
         result, seconds = solve_on_rank_0(lambda: pending.solver.result(), self.head.prototypes.device)
         return self._put_in_force(result, None, AssignmentUpdate(
-            pending.step, pending.epoch, result.moved, result.objective_before, result.objective, seconds))
+            pending.step, pending.epoch, result.moved, result.objective_before, result.objective, seconds,
+            left_out=pending.left_out))
 
     @property
     def head(self) -> DL2PAHead:
@@ -162,12 +185,14 @@ class Resolver:
         for head in self.heads:
             head.assign(result.assignment, prototypes)
         self.prices = result.prices
-        self.history.append(update)
+        self._history.append(update)
+        self.updates += 1
         return update
 
     def state_dict(self) -> dict[str, Any]:
         """Return history, prices and the pending solve: tensors on the CPU and plain numbers."""
-        return {'history': [asdict(update) for update in self.history],
+        return {'history': [asdict(update) for update in self._history],
+                'updates': self.updates,
                 'prices': None if self.prices is None else self.prices.clone(),
                 'pending': self.pending and self.pending.state_dict()}
 
@@ -181,7 +206,7 @@ class Resolver:
             raise ValueError(f'the saved prices are of {len(prices)} prototypes, not {count}: they are of another '
                              f'head.')
         pending = state['pending']
-        if pending is not None and pending.keys() != {'step', 'epoch', 'take_at', 'sums'}:
+        if pending is not None and pending.keys() != {'step', 'epoch', 'take_at', 'left_out', 'sums'}:
             raise ValueError(f'the saved pending solve has the entries {", ".join(pending)}.')
         names = {field.name for field in fields(AssignmentUpdate)}
         if any(entry.keys() != names for entry in state['history']):
@@ -189,7 +214,8 @@ class Resolver:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checked state. In a distributed run all processes load the same one: rank 0 keeps the sums."""
-        self.history = [AssignmentUpdate(**entry) for entry in state['history']]
+        self._history = deque((AssignmentUpdate(**entry) for entry in state['history']), _HISTORY)
+        self.updates = state['updates']
         self.prices = None if state['prices'] is None else state['prices'].cpu().clone()
         pending = state['pending']
         self.pending = None if pending is None else PendingSolve(

@@ -2,7 +2,11 @@
 import re
 from dataclasses import dataclass
 
+from ..values import whole_number
+
 __all__ = ['Schedule']
+
+_INTERVALS = "interval must be 'epoch' or a number of batches >= 1, a Schedule or its text 'every:until,every'"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Schedule:
             raise ValueError('stages must have at least one pair (every, until).')
         begin = 0
         for number, (every, until) in enumerate(self.stages):
-            if every < 1:
+            if whole_number(f'stages: every of stage {number}', every) < 1:
                 raise ValueError(f'stages must have every >= 1, not {every} in stage {number}.')
+            if until is not None:
+                whole_number(f'stages: until of stage {number}', until)
             last = number + 1 == len(self.stages)
             if (until is None and not last) or (until is not None and until <= begin):
                 raise ValueError(f'stages must end one after the other: stage {number} ends at {until}, after {begin}.')
@@ -56,12 +62,14 @@ class Schedule:
             return interval
         if interval == 'epoch':
             return cls(((1, None),), 'epochs')
-        if isinstance(interval, int) and interval >= 1:
-            return cls(((interval, None),))
-        found = re.fullmatch(r'((?:\d+:\d+,)*\d+(?::\d+)?)( ?epochs)?', interval) if isinstance(interval, str) else None
+        if not isinstance(interval, str):
+            try:
+                return cls(((whole_number('interval', interval, least=1), None),))
+            except ValueError:
+                raise ValueError(f'{_INTERVALS}, not {interval!r}.') from None
+        found = re.fullmatch(r'((?:\d+:\d+,)*\d+(?::\d+)?)( ?epochs)?', interval)
         if not found:
-            raise ValueError(f"interval must be 'epoch' or a number of batches >= 1, a Schedule or its text "
-                             f"'every:until,every', not {interval!r}.")
+            raise ValueError(f'{_INTERVALS}, not {interval!r}.')
         pairs = [stage.split(':') for stage in found[1].split(',')]
         try:
             return cls(tuple((int(pair[0]), int(pair[1]) if pair[1:] else None) for pair in pairs),

@@ -5,14 +5,19 @@ import torch
 import torch.nn as nn
 
 from ..head import heads_of
+from ..losses.targets import as_labels
 from ..recipes import find_recipe
+from ..values import checked_value
 from .checks import check_heads, check_numbers, check_scheduler_state
 from .class_means import make_class_means
 from .clock import Clock, Duration
+from .forwards import Forwards
 from .resolver import Resolver
 from .schedule import Schedule
+from .targets import IGNORED, check_targets, check_values, samples_that_count
 from .update import AssignmentUpdate
 from .warmups import warmup_maker
+from .watch import LoopWatch
 
 __all__ = ['AssignmentScheduler']
 
@@ -21,8 +26,9 @@ class AssignmentScheduler:
     """Step 2 of DL2PA: now and then, assigns prototypes by the class means, `a <- argmax sum_c <m_c, p_a(c)>`.
 
     Call `step(targets)` once after each training batch's forward (and backward): it takes the embeddings of the head's
-    last forward in training mode. A re-solve that falls due is only marked: it runs at the next `step`, before that
-    batch is folded in. So a checkpoint holds the assignment that its metric was measured with.
+    forward in training mode. Where there were several, say which: `step(targets, output)`. A re-solve that falls due is
+    only marked: it runs at the next `step`, before that batch is folded in. So a checkpoint holds the assignment that
+    its metric was measured with.
 
     The recipe decides the warm-up, after which labels alone move, and the class means. 'placed' moves prototypes with
     their classes for half of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
@@ -45,6 +51,7 @@ class AssignmentScheduler:
         min_gain: Least gain in the objective, as a share of its magnitude, below which nothing moves.
         background: Solve in a thread of rank 0 while training goes on.
         lag: After how many batches its answer is taken: always the same number, so that runs repeat exactly.
+        ignore_index: The label of samples that are left out, as in torch's losses.
 
     Raises:
         ValueError: The model has no DL2PA head, its heads differ, or an argument is out of range.
@@ -59,25 +66,28 @@ class AssignmentScheduler:
     def __init__(self, model: nn.Module, interval: int | str | Schedule = 'epoch', *, recipe: str | None = None,
                  total: int | str | None = None, warmup: str | None = None, warmup_length: float | str | None = None,
                  evenness: float | None = None, start: int = 0, stop: int | None = None, momentum: float | None = None,
-                 min_gain: float = 0.0, background: bool = False, lag: int = 16):
+                 min_gain: float = 0.0, background: bool = False, lag: int = 16, ignore_index: int = IGNORED):
         self.heads = check_heads(model, heads_of(model))
         head = self.heads[0]
         self.recipe = find_recipe(head.config.recipe if recipe is None else recipe)
-        self.momentum = check_numbers(start, stop, self.recipe.momentum if momentum is None else momentum)
-        self.schedule, self.start, self.stop, self.background = Schedule.of(interval), start, stop, background
+        self.start, self.stop, self.momentum, self.ignore_index = check_numbers(
+            start, stop, self.recipe.momentum if momentum is None else momentum, ignore_index)
+        self.schedule, self.background = Schedule.of(interval), checked_value('background', background, bool)
         self.clock = Clock(total)
         self._recipe_length = Duration.of(self.recipe.warmup_length)  # read once: each batch of a warm-up asks
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
         self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
-        warmup = 'none' if stop == 0 else self.recipe.warmup if warmup is None else warmup
+        warmup = 'none' if self.stop == 0 else self.recipe.warmup if warmup is None else warmup
         self._make_warmup = warmup_maker(warmup, self.heads, evenness)
         self.warmup = self._make_warmup()
         self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
         self.due = False  # whether a re-solve waits for the next batch
-        self._embeddings: torch.Tensor | None = None
+        self._forwards = Forwards(head.num_classes, head.dim)
+        self._watch = LoopWatch(needs_epochs='epochs' in (self.schedule.unit, self.warmup_length.unit))
+        self._values_checked = False
         for each in self.heads:
             each.training_view.attach(self)
-        head.training_view.on_embeddings = self._observe
+        head.training_view.on_forward, head.training_view.on_mode = self._observe, self._watch.on_mode
         if self.warmup:
             self.warmup.begin()
 
@@ -92,37 +102,52 @@ class AssignmentScheduler:
         interval = Duration(self.schedule.stages[0][0], self.schedule.unit)
         return self._given_length or self.clock.measured(self._recipe_length, interval)
 
-    def _observe(self, embeddings: torch.Tensor) -> None:
-        self._embeddings = embeddings
+    def _observe(self, embeddings: torch.Tensor, output: torch.Tensor) -> None:
+        self._forwards.add(embeddings, output)
+        if not torch.compiler.is_compiling():
+            self._watch.on_forward()
 
-    def step(self, targets: torch.Tensor) -> AssignmentUpdate | None:
-        """Fold in the batch of the last forward in training mode; before that, `resolve_if_due`.
+    def step(self, targets: torch.Tensor, embeddings: torch.Tensor | None = None) -> AssignmentUpdate | None:
+        """Fold in a batch of training; before that, `resolve_if_due`.
 
-        Costs O(B d), and a pass over soft targets; apart from a re-solve it never waits for the device.
+        Costs O(B d), and a pass over soft targets. On the CPU the targets' values are checked each time; on a device
+        those of the first batch are: apart from that and a re-solve, it never waits for the device. Samples whose
+        embedding or targets are not finite, as where a mixed-precision training skips a batch, are left out and
+        counted (`AssignmentUpdate.left_out`).
 
         Args:
-            targets: The batch's class indices (B,), or soft targets (B, C) as timm's mixup makes them.
+            targets: The batch's class indices (B,), where `ignore_index` marks samples to leave out; or soft targets
+                (B, C), as timm's mixup makes them or a teacher's probabilities: the two largest entries of each row
+                count, by how far they rise above its smallest.
+            embeddings: What the targets are for, if there were several forwards in training mode since the last step
+                (SAM, consistency losses, FixMatch): the output of one, or a slice of it; or unit embeddings (B, d).
+                The other forwards do not count.
 
         Raises:
-            RuntimeError: No forward in training mode came since the last step.
-            ValueError: The targets do not fit the embeddings.
+            RuntimeError: No forward in training mode came since the last step, or several, and `embeddings` is None.
+            ValueError: The targets do not fit the embeddings, are out of range, or do not sum to one.
         """
-        embeddings = self._embeddings
-        if embeddings is None:
-            raise RuntimeError('step() found no embeddings: call it once after each forward of the model in training '
-                               'mode. (A newer scheduler takes them over; a copy of a model reports to no scheduler.)')
-        self.class_means.check_shapes(embeddings, targets)
+        embeddings = self._forwards.embeddings_of(embeddings)
+        targets, num_classes = as_labels(targets), self.class_means.num_classes
+        check_targets(targets, embeddings, num_classes)
+        if targets.device.type == 'cpu' or not self._values_checked:
+            check_values(targets, num_classes, self.ignore_index)
+            self._values_checked = True
         update = self.resolve_if_due()
         targets = targets.to(embeddings.device, non_blocking=True)
+        embeddings, targets, tally = samples_that_count(embeddings, targets, self.ignore_index)
         self.class_means.to(embeddings.device).add(embeddings, targets)
+        self.class_means.count(tally)
         if self.warmup:
             self.warmup.add(embeddings, targets)
-        self._embeddings = None
+        self._forwards.clear()
+        self._watch.on_step(len(targets))
         self._count('batches')
         return update
 
     def epoch_end(self) -> None:
         """Tell that an epoch is over. With `interval='epoch'` a re-solve then is due at the next batch."""
+        self._watch.on_epoch()
         self._count('epochs')
 
     def _count(self, unit: str) -> None:
@@ -196,4 +221,4 @@ class AssignmentScheduler:
         self.class_means.load_state_dict(state['class_means'])
         self.resolver.load_state_dict(state['resolver'])
         self.clock.batches, self.clock.epochs, self.due = state['steps'], state['epochs'], state['due']
-        self._embeddings = None
+        self._forwards.clear()

@@ -17,6 +17,7 @@ class AssignmentUpdate:
         seconds: Time of the re-solve; of one in the background, beside the training.
         event: 'resolve', or for the end of a warm-up its name: 'placed' (prototypes stay where they are from now on)
             or 'rotated' (the prototypes were rotated as a whole, and matched).
+        left_out: Number of samples since the update before that were left out, as not finite.
 
     Example:
         >>> update = AssignmentUpdate(step=100, epoch=1, moved=3, objective_before=61.0, objective=64.5, seconds=0.01)
@@ -30,3 +31,4 @@ class AssignmentUpdate:
     objective: float
     seconds: float
     event: str = 'resolve'
+    left_out: int = 0

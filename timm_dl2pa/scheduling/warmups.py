@@ -22,7 +22,7 @@ def warmup_maker(name: str, heads: Sequence[DL2PAHead], evenness: float | None) 
     Raises:
         ValueError: There is no such warm-up, or it has no evenness.
     """
-    if name != 'none' and name not in WARMUPS:
+    if not isinstance(name, str) or (name != 'none' and name not in WARMUPS):
         raise ValueError(f'warmup must be one of {", ".join(WARMUPS)} or none, not {name!r}.')
     if evenness is not None and name != PlacedWarmup.name:
         raise ValueError(f"evenness={evenness!r} is for the warm-up 'placed', and has no meaning for {name!r}: leave "

@@ -212,8 +212,28 @@ def test_balanced_softmax_refuses_counts(counts):
 
 
 def test_balanced_softmax_refuses_shapes():
-    for logits, targets in ((torch.zeros(2, 4), torch.zeros(2)), (torch.zeros(2, 3), torch.zeros(3))):
-        with pytest.raises(ValueError, match='logits must be'):
+    for logits, targets, message in ((torch.zeros(2, 4), torch.zeros(2), 'logits must be'),
+                                     (torch.zeros(2, 3), torch.zeros(3), 'targets must be')):
+        with pytest.raises(ValueError, match=message):
             BalancedSoftmaxLoss(3)(logits, targets.long())
     with pytest.raises(ValueError, match='reduction must be one of'):
         BalancedSoftmaxLoss(3, reduction='sums')
+
+
+@pytest.mark.parametrize('kind', [SquaredCosineLoss, DotRegressionLoss, BalancedSoftmaxLoss])
+@pytest.mark.parametrize('soft', [False, True])
+def test_outputs_and_targets_of_different_subclasses(make_head, generator, kind, soft):
+    """As fastai's TensorImage and TensorCategory."""
+    class Image(torch.Tensor):
+        pass
+
+    class Category(torch.Tensor):
+        pass
+
+    head = make_head()
+    criterion = kind(7) if kind is BalancedSoftmaxLoss else kind(head)
+    output, labels = head(torch.randn(5, 12, generator=generator)), torch.arange(5)
+    targets = torch.nn.functional.one_hot(labels, 7).float() if soft else labels
+    loss = criterion(output.as_subclass(Image), targets.as_subclass(Category))
+    criterion = kind(7) if kind is BalancedSoftmaxLoss else criterion
+    assert type(loss) is torch.Tensor and torch.equal(loss, criterion(output, targets))

@@ -1,0 +1,71 @@
+"""Averages of a head (EMA, SWA): what was averaged number by number becomes a head again, or is refused."""
+import torch
+import torch.nn as nn
+
+from ..assignment import check_assignment
+from ..prototypes import check_prototypes
+
+__all__ = ['buffer_stamps', 'settle_average']
+
+_WATCHED = ('prototypes', 'assignment', 'averaged_assignment')
+# Averaged prototypes shorter than this have cancelled each other out: they have no direction.
+_SHORTEST = 1e-3
+_REMEDY = ('Copy the buffers in place of averaging them (AveragedModel(..., use_buffers=False), and '
+           'torch.optim.swa_utils.update_bn for batch norm), or average only while labels stay.')
+
+
+def buffer_stamps(head: nn.Module) -> tuple[int, ...]:
+    """Return numbers that change when somebody writes into the head's buffers. Reads no values."""
+    buffers = [head._buffers[name] for name in _WATCHED]
+    return () if any(buffer.is_inference() for buffer in buffers) else tuple(buffer._version for buffer in buffers)
+
+
+@torch.no_grad()
+def settle_average(head: nn.Module) -> bool:
+    """Make a head whose buffers were averaged a head again, in place. Waits for the device.
+
+    Some averages go over all buffers, and average the assignment as numbers, which become others by rounding. The
+    buffer `averaged_assignment` holds the same numbers in float32: averages of equal ones are exact there. Prototypes
+    that moved during a warm-up have averages inside the sphere, and are divided by their lengths.
+
+    Args:
+        head: A DL2PAHead.
+
+    Returns:
+        Whether prototypes were changed.
+
+    Raises:
+        ValueError: The average is one of different assignments, or prototypes are not finite or have no direction.
+    """
+    assignment, averaged = head.assignment, head.averaged_assignment
+    stamps = buffer_stamps(head)
+    # A copy of the state dict, as of timm's EMA, leaves alone the buffer that is no part of it.
+    was_averaged = bool(stamps) and stamps[2] != head._stamps[2]
+    if was_averaged and averaged.dtype == torch.float32 and not torch.equal(averaged, assignment.float()):
+        if not torch.equal(averaged, averaged.round()):
+            raise ValueError(f'this head is an average of heads with different assignments, which has no meaning. '
+                             f'{_REMEDY}')
+        check_assignment(averaged.long(), len(averaged), len(head.prototypes))
+        assignment.copy_(averaged)
+    check_assignment(assignment, len(assignment), len(head.prototypes))
+    averaged.copy_(assignment)
+    moved = _settle_prototypes(head.prototypes)
+    head._stamps = buffer_stamps(head)
+    return moved
+
+
+def _settle_prototypes(prototypes: torch.Tensor) -> bool:
+    """Divide prototypes by their lengths, if these are not 1, and return whether they were not."""
+    lengths = torch.linalg.vector_norm(prototypes.float(), dim=1, keepdim=True)
+    # Half-precision copies, as FSDP makes them, have lengths of their own.
+    tolerance = 1e-5 if prototypes.dtype == torch.float32 else 4e-3
+    if not bool(((lengths - 1).abs() > tolerance).any()) and bool(lengths.isfinite().all()):
+        return False
+    if not bool(torch.isfinite(prototypes).all()):
+        check_prototypes(prototypes)  # names the row
+    row = int(lengths.argmin())
+    if float(lengths[row]) < _SHORTEST:
+        raise ValueError(f'this head is an average of heads whose prototypes cancel each other out: row {row} has the '
+                         f'length {float(lengths[row]):.3g}. {_REMEDY}')
+    prototypes.div_(lengths)
+    return True
