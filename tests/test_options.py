@@ -32,7 +32,7 @@ def test_the_scheduler_takes_its_options_with_the_tables_defaults():
     for name in names_of('scheduler'):
         assert parameters[name].default == DEFAULTS[name], name
     # The recipe is the head's; the length of the training is the script's.
-    assert parameters.keys() - set(names_of('scheduler')) == {'model', 'recipe', 'total'}
+    assert parameters.keys() - set(names_of('scheduler')) == {'model', 'recipe', 'total', 'ignore_index'}
 
 
 def test_the_choices_are_those_of_what_takes_them():

@@ -139,8 +139,8 @@ def test_balanced_softmax_goes_on_after_targets_that_are_not_finite():
 
 @every_loss
 @pytest.mark.parametrize('targets, message', [
-    (torch.tensor([0.9, 1.7, 0, 0, 0, 0, 0, 0]), 'class indices, not torch.float32'),
-    (torch.tensor([True] * B), 'class indices, not torch.bool'),
+    (torch.tensor([0.9, 1.7, 0, 0, 0, 0, 0, 0]), 'class indices .*not torch.float32'),
+    (torch.tensor([True] * B), 'class indices .*not torch.bool'),
     (torch.full((B, C), 0.2, dtype=torch.cfloat), 'not torch.complex64'),
     (torch.tensor([[1.5, -0.5, 0, 0, 0]] * B), 'at least 0, not -0.5'), (torch.zeros(B, C, 1), 'shape')])
 def test_odd_targets_are_refused(name, targets, message):

@@ -7,7 +7,6 @@ from timm.task import ClassificationTask
 
 from tests.helpers.stand_in import CLASSES, batches, make_model, train
 from timm_dl2pa.timm_scripts import plugged_in
-from timm_dl2pa.timm_scripts.criterion import PROTOTYPE_LOSSES, ClassWeights
 
 pytestmark = pytest.mark.timm
 
@@ -22,17 +21,9 @@ def expected_weights(counts):
     return sum(counts) / (len(counts) * torch.tensor(counts))
 
 
-def test_samples_weigh_one_on_average():
-    weights = ClassWeights(3, torch.device('cpu'))
-    assert torch.equal(weights.weights, torch.ones(3))
-    weights.add(torch.tensor([0, 0, 0, 0, 0, 1, 1, -100]))
-    assert torch.allclose(weights.weights, expected_weights([6.0, 3.0, 1.0]))
-    assert float((weights.weights * weights.counts).sum() / weights.counts.sum()) == pytest.approx(1.0)
-    weights.add(torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]))
-    assert torch.allclose(weights.weights, expected_weights([6.0, 4.0, 2.0]))
-    other = ClassWeights(3, torch.device('cpu'))
-    other.load_state_dict(weights.state_dict())
-    assert torch.equal(other.weights, weights.weights)
+def weights_of(task):
+    counts = task.criterion.class_weights.counts
+    return counts.mean() / counts
 
 
 def counts_after(epochs):
@@ -43,7 +34,7 @@ def counts_after(epochs):
 @pytest.mark.parametrize('criterion', [LabelSmoothingCrossEntropy(0.1), nn.CrossEntropyLoss(label_smoothing=0.1)])
 def test_a_training_weighs_its_classes(tmp_path, criterion):
     task = train(tmp_path, epochs=1, criterion=criterion, dl2pa_dim=3, dl2pa_class_weights='auto')
-    assert torch.allclose(task.criterion.weight, expected_weights(counts_after(1)))
+    assert torch.allclose(weights_of(task), expected_weights(counts_after(1)))
     plain = train(tmp_path / 'plain', epochs=1, criterion=criterion, dl2pa_dim=3)
     assert isinstance(plain.criterion, type(criterion)) and plain.losses != task.losses
     # The first batch: the weighted mean by what was counted until then, that batch included.
@@ -58,7 +49,7 @@ def test_a_training_weighs_its_classes(tmp_path, criterion):
 def test_soft_targets(tmp_path):
     task = train(tmp_path, epochs=1, criterion=SoftTargetCrossEntropy(), dl2pa_dim=3, dl2pa_class_weights='auto',
                  mixup=lambda images, labels: (images, nn.functional.one_hot(labels, CLASSES).float()))
-    assert torch.allclose(task.criterion.weight, expected_weights(counts_after(1)))
+    assert torch.allclose(weights_of(task), expected_weights(counts_after(1)))
 
 
 @pytest.mark.parametrize('criterion, reason', [
@@ -70,25 +61,12 @@ def test_criteria_that_take_none_are_refused(criterion, reason):
         ClassificationTask(model, criterion=criterion)
 
 
-class Recorded(nn.Module):
-    """Stands for a loss of ours: it holds its weights as a buffer, as they all do."""
-
-    def __init__(self, head, weight=None, **_):
-        super().__init__()
-        self.register_buffer('weight', weight.clone())
-        self.seen = []
-
-    def forward(self, output, targets):
-        self.seen.append(self.weight)
-        return output.sum()
-
-
-def test_our_losses_get_them(tmp_path, monkeypatch):
-    monkeypatch.setitem(PROTOTYPE_LOSSES, 'dot_regression', Recorded)
-    task = train(tmp_path, epochs=2, dl2pa_dim=3, dl2pa_loss='dot_regression', dl2pa_class_weights='auto')
-    assert len(task.criterion.seen) == 8
-    assert torch.allclose(task.criterion.seen[3], expected_weights(counts_after(1)))
-    assert torch.allclose(task.criterion.seen[-1], expected_weights(counts_after(2)))
+@pytest.mark.parametrize('loss', ['squared_cosine', 'dot_regression', 'balanced_softmax'])
+def test_our_losses_get_them(tmp_path, loss):
+    task = train(tmp_path, epochs=2, dl2pa_dim=3, dl2pa_loss=loss, dl2pa_class_weights='auto')
+    assert weights_of(task).tolist() == pytest.approx(expected_weights(counts_after(2)).tolist())
+    plain = train(tmp_path / 'plain', epochs=2, dl2pa_dim=3, dl2pa_loss=loss)
+    assert plain.losses != task.losses
 
 
 def test_the_counts_are_resumed(tmp_path):
@@ -96,5 +74,5 @@ def test_the_counts_are_resumed(tmp_path):
     unbroken = train(tmp_path / 'unbroken', epochs=2, **options)
     train(tmp_path / 'broken', epochs=2, stop_after=1, **options)
     resumed = train(tmp_path / 'broken', epochs=2, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
-    assert torch.equal(resumed.criterion.weight, unbroken.criterion.weight)
+    assert torch.equal(weights_of(resumed), weights_of(unbroken))
     assert resumed.losses == unbroken.losses[4:]

@@ -13,11 +13,10 @@ from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 
 from ..distributed import solve_on_rank_0
 from ..head import heads_of
-from ..losses import BalancedSoftmaxLoss
 from ..options import named_as_options
 from ..scheduling import AssignmentScheduler, AssignmentUpdate, Duration, Primer
 from .creation import plugin_options
-from .criterion import PROTOTYPE_LOSSES, ClassWeights, make_criterion
+from .criterion import OUR_LOSSES, PROTOTYPE_LOSSES, make_criterion
 
 __all__ = ['DL2PATask', 'task_class_for']
 
@@ -58,8 +57,7 @@ class DL2PATask(TrainingTask):
         self._primer = Primer(self.assignment_scheduler.heads) if options.prime else None
         self.dl2pa_heads = tuple(self.assignment_scheduler.heads)
         head = self.dl2pa_heads[0]
-        self._class_weights = ClassWeights(head.num_classes, head.prototypes.device) if options.class_weights else None
-        self.criterion, loss_description = make_criterion(self.criterion, options, head, self._class_weights)
+        self.criterion, loss_description = make_criterion(self.criterion, options, head)
         # In training these losses need no (B, C) logits. Other distillation tasks compare logits, and a model with
         # several classifiers averages them.
         if options.loss in PROTOTYPE_LOSSES and len(self.dl2pa_heads) == 1 \
@@ -119,9 +117,6 @@ class DL2PATask(TrainingTask):
             return super().forward(input, target)
         if not self._first_batch_checked:
             self._check_first_batch(target)
-        if self._class_weights is not None:
-            self._class_weights.add(target)
-            self._class_weights.apply_to(self.criterion)
         if self._primer is not None:
             if self._primed_batches < self.dl2pa_options.prime:
                 return self._collect_for_priming(input, target)
@@ -250,7 +245,6 @@ class DL2PATask(TrainingTask):
                 'primed_batches': self._primed_batches,
                 'primer': self._primer and self._primer.state_dict(),
                 'criterion': self._criterion_state(),
-                'class_weights': self._class_weights and self._class_weights.state_dict(),
                 'scheduler': self.assignment_scheduler.state_dict(),
             }
         return state
@@ -281,11 +275,8 @@ class DL2PATask(TrainingTask):
         self._batches = state['dl2pa']['batches']
         self._primed_batches = state['dl2pa'].get('primed_batches', 0)
         counts = state['dl2pa'].get('criterion')
-        if counts and isinstance(self.criterion, BalancedSoftmaxLoss):
+        if counts and self._criterion_state():
             self.criterion.load_state_dict(counts)
-        class_weights = state['dl2pa'].get('class_weights')
-        if class_weights and self._class_weights is not None:
-            self._class_weights.load_state_dict(class_weights)
         primer = state['dl2pa'].get('primer')
         if self._primer is not None and primer is not None:
             self._primer.load_state_dict(primer)
@@ -294,8 +285,8 @@ class DL2PATask(TrainingTask):
             self._primer = None
 
     def _criterion_state(self) -> dict[str, torch.Tensor] | None:
-        """Return the class counts of a balanced softmax."""
-        if not isinstance(self.criterion, BalancedSoftmaxLoss):
+        """Return the class counts of a loss of this package; None if it has none."""
+        if not isinstance(self.criterion, OUR_LOSSES):
             return None
         return {name: value.cpu().clone() for name, value in self.criterion.state_dict().items()}
 
