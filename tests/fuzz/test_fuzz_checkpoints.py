@@ -14,12 +14,14 @@ import struct
 import time
 import zipfile
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from tests.helpers.stand_in import make_model
+from timm_dl2pa import AssignmentUpdate
 from timm_dl2pa.timm_scripts import plugged_in
 from timm_dl2pa.timm_scripts.conversion import load_wrapped
 from timm_dl2pa.timm_scripts.inspection import inspect_checkpoint
@@ -31,7 +33,7 @@ SECONDS = float(os.environ.get('DL2PA_FUZZ_SECONDS', 4))
 SEED = int(os.environ.get('DL2PA_FUZZ_SEED', 0))
 CASE = os.environ.get('DL2PA_FUZZ_CASE')
 LIMIT = 20  # seconds of the processor that one file may take
-UPDATE = dict(step=4, epoch=1, moved=2, objective_before=1.0, objective=2.0, seconds=0.1, event='resolve')
+UPDATE = asdict(AssignmentUpdate(step=4, epoch=1, moved=2, objective_before=1.0, objective=2.0, seconds=0.1))
 
 
 class TooLong(BaseException):
