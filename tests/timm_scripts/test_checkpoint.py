@@ -93,6 +93,9 @@ BAD_TO_BUILD = {
     'folder': (change(args__model_kwargs={'dl2pa_backbone': 'local-dir:x'}), "not in timm's registry: give --model"),
     'no such argument': (change(args__model_kwargs={'depth': 3}), "does not fit 'test_resnet'"),
     'argument': (change(args__in_chans='three'), "does not fit 'test_resnet'"),
+    'deep': (change(args__model='resnet18', args__model_kwargs={'layers': [10 ** 6] * 4}), 'far more is being made'),
+    'wide': (change(args__model='vit_tiny_patch16_224', args__model_kwargs={'depth': 1, 'mlp_ratio': 10 ** 9}),
+             'numbers, and holds'),
     'option': (change(args__model_kwargs={'dl2pa_dimension': 3}), 'dl2pa_dimension: no such option'),
 }
 
