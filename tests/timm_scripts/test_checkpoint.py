@@ -1,19 +1,21 @@
 """Checkpoints that are no good, in each command that reads one: a line on stderr; nothing is executed or written."""
 import copy
 from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.helpers.stand_in import make_model
+from timm_dl2pa import AssignmentUpdate
 from timm_dl2pa.cli import main
 from timm_dl2pa.timm_scripts import plugged_in
 from timm_dl2pa.timm_scripts.conversion import load_wrapped
 
 pytestmark = [pytest.mark.timm, pytest.mark.filterwarnings('ignore')]
 
-UPDATE = dict(step=4, epoch=1, moved=2, objective_before=1.0, objective=2.0, seconds=0.1, event='resolve')
+UPDATE = asdict(AssignmentUpdate(step=4, epoch=1, moved=2, objective_before=1.0, objective=2.0, seconds=0.1))
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +93,9 @@ BAD_TO_BUILD = {
     'folder': (change(args__model_kwargs={'dl2pa_backbone': 'local-dir:x'}), "not in timm's registry: give --model"),
     'no such argument': (change(args__model_kwargs={'depth': 3}), "does not fit 'test_resnet'"),
     'argument': (change(args__in_chans='three'), "does not fit 'test_resnet'"),
+    'deep': (change(args__model='resnet18', args__model_kwargs={'layers': [10 ** 6] * 4}), 'far more is being made'),
+    'wide': (change(args__model='vit_tiny_patch16_224', args__model_kwargs={'depth': 1, 'mlp_ratio': 10 ** 9}),
+             'numbers, and holds'),
     'option': (change(args__model_kwargs={'dl2pa_dimension': 3}), 'dl2pa_dimension: no such option'),
 }
 

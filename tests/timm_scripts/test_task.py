@@ -464,6 +464,12 @@ def test_primed_batches_are_not_trained_on(tmp_path, caplog, options):
     assert [update.step for update in task.assignment_scheduler.history] == [2 * BATCHES - 4]
 
 
+@pytest.mark.filterwarnings('error:AssignmentScheduler')
+def test_many_primed_batches_are_no_loop_that_forgot_its_steps(tmp_path):
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_prime=22, epochs=6)
+    assert task.assignment_scheduler.steps == 6 * BATCHES - 22
+
+
 def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
     options = dict(dl2pa_dim=3, dl2pa_prime=4 * BATCHES - 1, epochs=4)
     train(tmp_path / 'unbroken', **options)

@@ -193,6 +193,11 @@ class AssignmentScheduler:
         self.resolver.reset()
         self.class_means.reset()
 
+    def drop_forwards(self) -> None:
+        """Forget the forwards since the last step: they were no training, and no step is for them."""
+        self._forwards.clear()
+        self._watch.on_drop()
+
     def merge(self) -> None:
         """Move the class sums of all processes to rank 0, for its `state_dict()`. Every process must call it."""
         self.class_means.to(self.heads[0].prototypes.device).merge()

@@ -34,6 +34,10 @@ class LoopWatch:
         if not self._stepped and self._forwards == _MANY_FORWARDS:
             self._warn_of_steps()
 
+    def on_drop(self) -> None:
+        """Note that the forwards since the last step were no training."""
+        self._forwards = 0
+
     def on_step(self, size: int) -> None:
         """Note a batch of `size` samples that was folded in."""
         if size > self._last_size and self._since_sign:

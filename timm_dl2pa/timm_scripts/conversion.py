@@ -10,6 +10,7 @@ from ..files.card import Training
 from ..files.folder import CONFIG_NAME, new_folder
 from ..head import heads_of
 from ..models import backbone_name, fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, wrap_dl2pa
+from ..models.budget import BuildBudget
 from ..models.model_files import names_weights
 from ..options import PREFIX, PluginOptions
 from ..prototypes.files import staging_folder, write_tensors
@@ -74,6 +75,7 @@ def load_wrapped(
                 learn_scale=prefix + 'log_scale' in state)
     try:
         with torch.random.fork_rng(devices=[]):
+            _check_size(name, arguments, state)
             wrapped = wrap_dl2pa(timm.create_model(name, num_classes=len(assignment), **arguments), **head)
         wrapped.load_state_dict(state)
     except OSError:
@@ -91,6 +93,17 @@ def _model_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
                  'global_pool': getattr(checkpoint.args, 'gp', None), **checkpoint.model_kwargs}
     return {name: value for name, value in arguments.items()
             if name != 'num_classes' and not names_weights(name)}
+
+
+def _check_size(name: str, arguments: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raise a ValueError if the arguments, which somebody else may have written, ask for far more than the weights."""
+    arguments = {key: value for key, value in arguments.items() if not names_weights(key)}
+    with BuildBudget(len(state)), torch.device('meta'):
+        meta_model = timm.create_model(name, **{**arguments, 'num_classes': 2})
+    asked = sum(value.numel() for value in meta_model.state_dict().values())
+    held = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
+    if asked > 2 * held:
+        raise ValueError(f'it asks for {asked} numbers, and holds {held}.')
 
 
 def fold_checkpoint(path: str | Path, output: str | Path, *, normalize: bool = False, **source: Any) -> str:
