@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ['add_over_ranks', 'is_distributed', 'rank', 'solve_on_rank_0']
+__all__ = ['add_over_ranks', 'check_on_every_rank', 'is_distributed', 'rank', 'solve_on_rank_0']
 
 T = TypeVar('T')
 
@@ -30,6 +30,32 @@ def add_over_ranks(*tensors: torch.Tensor) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def check_on_every_rank(check: Callable[[], None], device: torch.device) -> None:
+    """Call a check in every process, and raise a ValueError in all of them if it does so in one.
+
+    Otherwise those that passed it would wait for the others at the next sum.
+
+    Args:
+        check: Called without arguments.
+        device: The device of the training.
+
+    Raises:
+        ValueError: The check's own, or one that says that another process refused.
+    """
+    error = None
+    try:
+        check()
+    except ValueError as caught:
+        error = caught
+    if is_distributed():
+        refused = torch.tensor(int(error is not None), device=device)
+        add_over_ranks(refused)
+        if error is None and int(refused):
+            error = ValueError(f'{int(refused)} other processes refused their batch: their errors say why.')
+    if error is not None:
+        raise error
 
 
 def solve_on_rank_0(function: Callable[[], T], device: torch.device | None = None) -> T:

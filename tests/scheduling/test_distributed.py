@@ -34,6 +34,9 @@ def in_process(rank, folder, train_output, options):
     head = new_head(train_output)
     model = DistributedDataParallel(head)
     scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, **options)
+    model(batch(0)[0])
+    with pytest.raises(ValueError, match='class 17, outside' if rank == 1 else '1 other processes refused their batch'):
+        scheduler.step(torch.full((ROWS,), 17 if rank == 1 else 0))
     criterion = SquaredCosineLoss(head)
     history = []
     for step in range(STEPS):

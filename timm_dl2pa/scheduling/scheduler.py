@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from ..distributed import check_on_every_rank, is_distributed
 from ..head import heads_of
 from ..losses.targets import as_labels
 from ..recipes import find_recipe
@@ -110,8 +111,9 @@ class AssignmentScheduler:
     def step(self, targets: torch.Tensor, embeddings: torch.Tensor | None = None) -> AssignmentUpdate | None:
         """Fold in a batch of training; before that, `resolve_if_due`.
 
-        Costs O(B d), and a pass over soft targets. On the CPU the targets' values are checked each time; on a device
-        those of the first batch are: apart from that and a re-solve, it never waits for the device. Samples whose
+        Costs O(B d), and a pass over soft targets. Values of targets are checked in the first batch, on the CPU and in
+        one process in each; later labels out of range are found by the re-solve. Apart from the first batch and a
+        re-solve it never waits for the device. Samples whose
         embedding or targets are not finite, as where a mixed-precision training skips a batch, are left out and
         counted (`AssignmentUpdate.left_out`).
 
@@ -130,9 +132,11 @@ class AssignmentScheduler:
         embeddings = self._forwards.embeddings_of(embeddings)
         targets, num_classes = as_labels(targets), self.class_means.num_classes
         check_targets(targets, embeddings, num_classes)
-        if targets.device.type == 'cpu' or not self._values_checked:
-            check_values(targets, num_classes, self.ignore_index)
+        if not self._values_checked:
+            check_on_every_rank(lambda: check_values(targets, num_classes, self.ignore_index), embeddings.device)
             self._values_checked = True
+        elif targets.device.type == 'cpu' and not is_distributed():  # where one process alone raises, the others wait
+            check_values(targets, num_classes, self.ignore_index)
         update = self.resolve_if_due()
         targets = targets.to(embeddings.device, non_blocking=True)
         embeddings, targets, tally = samples_that_count(embeddings, targets, self.ignore_index)
