@@ -29,8 +29,8 @@ _PRIMED = '_primed'
 METHODS = (*CLOSED_FORMS, 'linear', 'linear_bn', 'cosine', *RECIPES, *(f'{recipe}{_PRIMED}' for recipe in RECIPES))
 # Where a learned scale starts, as the head's does.
 _LEARNED_SCALE_START = 4.0
-# C of logistic regression on standardised features, from the most to the least regularised.
-_STRENGTHS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+# C of logistic regression on features of unit mean variance, from the most to the least regularised.
+_STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def is_primed(method: str) -> bool:
@@ -75,7 +75,8 @@ def with_closed_form(method: str, features: Features) -> dict[str, Any]:
         means = torch.stack([x[y == label].mean(dim=0) for label in range(classes)])
         return {'top1': metrics.top_k(-torch.cdist(test, means), y_test, 1), **found}
     from sklearn.linear_model import LogisticRegression
-    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    # One factor for all features: a factor for each was worse on every data set tried, by up to 2 points.
+    mean, deviation = x.mean(dim=0), (x - x.mean(dim=0)).square().mean().sqrt()
     x, test = (x - mean) / deviation, (test - mean) / deviation
     model = LogisticRegression(max_iter=300, warm_start=True)
     best = -math.inf
