@@ -16,12 +16,12 @@ import torch
 
 import timm_dl2pa
 
-__all__ = ['RESULTS', 'add_output_argument', 'environment', 'read_results', 'result_name', 'write_json',
-           'write_results']
+__all__ = ['RESULTS', 'add_output_argument', 'command_line', 'environment', 'read_results', 'result_name',
+           'write_json', 'write_results']
 
 RESULTS = Path(__file__).parent / 'results'
-# Options whose values are folders, with what stands for these in a record; None leaves the option out.
-_FOLDERS = {'--data-dir': 'DATA', '--arrays': 'DATA', '--output': None}
+# Options whose values are paths, with what stands for these in a record; None leaves the option out.
+_PATHS = {'--data-dir': 'DATA', '--arrays': 'DATA', '--weights': 'WEIGHTS', '--output': None, '--cache': None}
 
 
 def environment() -> dict[str, Any]:
@@ -82,21 +82,27 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def write_results(name: str, settings: dict[str, Any], results: Any, folder: Path = RESULTS) -> Path:
-    """Write `<folder>/<name>.json`. Values of options that are folders are left out of the command."""
+def command_line() -> str:
+    """Return the command that runs. Values of options that are paths are left out."""
     command, words = [Path(sys.argv[0]).name], iter(sys.argv[1:])
     for word in words:
         option, given, _ = word.partition('=')
-        if option not in _FOLDERS:
-            command.append(word)
+        if option not in _PATHS:
+            # Where a data set may be a word or a folder, the folder's name tells which it was.
+            command.append(Path(word).name if Path(word).is_dir() else word)
             continue
         if not given:
             next(words, None)
-        if _FOLDERS[option]:
-            command += [option, _FOLDERS[option]]
+        if _PATHS[option]:
+            command += [option, _PATHS[option]]
+    return 'python benchmarks/' + shlex.join(command)
+
+
+def write_results(name: str, settings: dict[str, Any], results: Any, folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json`."""
     path = folder / f'{name}.json'
     write_json(path, {
-        'command': 'python benchmarks/' + shlex.join(command),
+        'command': command_line(),
         'settings': {key: value for key, value in settings.items() if not isinstance(value, Path)},
         'environment': environment(),
         'results': results,
