@@ -1,0 +1,124 @@
+"""FeatureSums: what a pass over images leaves of a head's features, whatever their number."""
+import math
+
+import torch
+
+from ..distributed import add_over_ranks, rank
+from ..head import DL2PAHead
+from .targets import check_values, samples_that_count, shares_of
+
+__all__ = ['FeatureSums']
+
+# Samples that are kept as they are: the standard error of an accuracy of 50 % is 1.8 points then.
+_KEPT_SAMPLES = 768
+# Kept samples by classes, at most: the scores of one setting.
+_MAX_SCORES = 2 ** 24
+_STATE = ('counts', 'sums', 'squares', 'tally', 'samples', 'labels', 'seen')
+
+
+class FeatureSums:
+    """Sums of a head's features (B, F), for each class and over all samples, and a random sample of the features.
+
+    The memory is O(F^2 + C F). In a distributed run each process sums its own; the sample that counts is rank 0's.
+
+    Args:
+        head: Its training view is listened to.
+        ignore_index: The label of samples that are left out.
+
+    Attributes:
+        counts: (C,) float64, samples of each class; soft targets count by their shares.
+        sums: (C, F) float64.
+        squares: (F, F) float64, the sum of outer products.
+        tally: (2,) int64, how many samples came, without those to ignore, and how many were not finite.
+        samples: (R, F) float32, a uniform sample of the features with one label each.
+        labels: (R,) int64.
+        seen: () int64, of how many it is.
+    """
+
+    def __init__(self, head: DL2PAHead, ignore_index: int):
+        device = head.prototypes.device
+        # MPS has no float64.
+        kind = dict(dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+        classes, width = head.num_classes, head.in_features
+        self.num_classes = classes
+        self.ignore_index = ignore_index
+        self.counts = torch.zeros(classes, **kind)
+        self.sums = torch.zeros(classes, width, **kind)
+        self.squares = torch.zeros(width, width, **kind)
+        self.tally = torch.zeros(2, dtype=torch.int64, device=device)
+        self.samples = torch.empty(0, width, dtype=torch.float32, device=device)
+        self.labels = torch.empty(0, dtype=torch.int64, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64)
+        self._capacity = max(64, min(_KEPT_SAMPLES, _MAX_SCORES // classes))
+        self._features: torch.Tensor | None = None
+        head.training_view.on_features = self._observe
+
+    def _observe(self, features: torch.Tensor) -> None:
+        self._features = features
+
+    def add(self, targets: torch.Tensor) -> None:
+        """Add the features of the last forward.
+
+        Args:
+            targets: (B,) int64, or (B, C).
+
+        Raises:
+            ValueError: They do not fit the features, or are out of range.
+        """
+        if self._features is None:
+            raise ValueError('a DL2PA head of the model saw no features in this forward: is it the model in use?')
+        if targets.shape not in ((len(self._features),), (len(self._features), self.num_classes)):
+            raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}) for the '
+                             f'{len(self._features)} images, not of the shape {tuple(targets.shape)}.')
+        check_values(targets, self.num_classes, self.ignore_index)
+        # An auxiliary head may see many patches of an image (B, N, F): each is a sample of the image's class.
+        patches = math.prod(self._features.shape[1:-1])
+        features = self._features.flatten(0, -2).to(self.sums)
+        targets = targets.to(features.device).repeat_interleave(patches, dim=0)
+        features, targets, tally = samples_that_count(features, targets, self.ignore_index)
+        self.tally += tally
+        main_share, label = torch.zeros(len(features), device=features.device), None
+        for labels, share in shares_of(targets, self.num_classes):
+            if label is None:
+                main_share, label = share.squeeze(1), labels
+            share = share.to(features)
+            self.counts.index_add_(0, labels, share.squeeze(1))
+            self.sums.index_add_(0, labels, share * features)
+        self.squares += features.t() @ features
+        if label is not None:
+            whole = main_share > 0.999  # mixed images have no label of their own
+            self._keep(features[whole].float(), label[whole])
+        self._features = None
+
+    def _keep(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fold samples into the uniform sample: of every `seen` samples each is kept with the same probability."""
+        before = int(self.seen)
+        self.seen += len(labels)
+        room = self._capacity - len(self.labels)
+        if room > 0:
+            self.samples = torch.cat([self.samples, features[:room]])
+            self.labels = torch.cat([self.labels, labels[:room]])
+            features, labels, before = features[room:], labels[room:], before + len(features[:room])
+        if not len(labels):
+            return
+        generator = torch.Generator().manual_seed(before)
+        order = torch.arange(before + 1, before + 1 + len(labels), dtype=torch.float64)
+        place = (torch.rand(len(labels), generator=generator, dtype=torch.float64, device='cpu') * order).long()
+        for row in (place < self._capacity).nonzero().flatten().tolist():  # one after the other: places may repeat
+            self.samples[place[row]], self.labels[place[row]] = features[row], labels[row]
+
+    def gather(self) -> None:
+        """Add up the processes' sums."""
+        add_over_ranks(self.counts, self.sums, self.squares, self.tally)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return sums and sample, as copies on the CPU."""
+        return {name: getattr(self, name).cpu().clone() for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over a state. In a distributed run all processes load the same one, and rank 0 keeps it."""
+        for name in _STATE:
+            value = state[name].to(getattr(self, name), copy=True)
+            if rank() != 0:
+                value = value[:0] if name in ('samples', 'labels') else torch.zeros_like(value)
+            setattr(self, name, value)
