@@ -1,5 +1,5 @@
 """Discriminant: the classes of a backbone's features, seen by a metric in which they are told apart best."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,15 @@ class Moments:
         within = (squares - sums.t() @ means) / counts.sum()
         means = torch.where(seen, means - centre, 0.0)
         return cls(counts, centre, means, within, within + means.t() @ means / seen.sum())
+
+    def pooled(self, other: 'Moments') -> 'Moments':
+        """Return the moments of these features and others of the same images, each taken from its own centre.
+
+        The centre and the covariance of all features stay these.
+        """
+        apart = (self.means - other.means) / 2
+        return replace(self, means=self.means - apart, within=(self.within + other.within) / 2
+                       + apart.t() @ apart / self.seen.sum())
 
     @property
     def seen(self) -> torch.Tensor:
@@ -80,7 +89,8 @@ class Discriminant:
     labels: torch.Tensor
 
 
-def fit_discriminant(moments: Moments, samples: torch.Tensor, labels: torch.Tensor) -> Discriminant:
+def fit_discriminant(moments: Moments, samples: torch.Tensor, labels: torch.Tensor, in_training: Moments | None = None
+                     ) -> Discriminant:
     """Choose the shrinkage by which samples that are left out are told apart best, and return the discriminant.
 
     Of those whose leave-one-out accuracy is within one standard error of the best, it is the one with the least
@@ -91,6 +101,9 @@ def fit_discriminant(moments: Moments, samples: torch.Tensor, labels: torch.Tens
         moments: Of all features.
         samples: (R, F), features among those.
         labels: (R,), their classes.
+        in_training: Moments of the same images' features in training mode, if they differ: the class directions are
+            then those of both. The shrinkage is chosen by the features in evaluation mode alone, of which a sample can
+            be left out.
     """
     usable = moments.counts[labels] > 1.5  # nothing is left of a class without its only sample
     samples, labels = samples[usable].double() - moments.centre, labels[usable]
@@ -105,8 +118,9 @@ def fit_discriminant(moments: Moments, samples: torch.Tensor, labels: torch.Tens
     best = max(right for _, right, *_ in found)
     error = (best * (1 - best) / max(len(labels), 1)) ** 0.5
     shrinkage, _, _, scores, shifts = min((each for each in found if each[1] >= best - error), key=lambda each: each[2])
-    factor = torch.linalg.cholesky(moments.shrunk(shrinkage))
-    means = torch.linalg.solve_triangular(factor, moments.means.t(), upper=False).t()
+    both = moments if in_training is None else moments.pooled(in_training)
+    factor = torch.linalg.cholesky(both.shrunk(shrinkage))
+    means = torch.linalg.solve_triangular(factor, both.means.t(), upper=False).t()
     directions = F.normalize(means, dim=1)
     rows = torch.linalg.solve_triangular(factor.t(), directions.t(), upper=True).t()
     return Discriminant(moments.centre, rows, directions, shrinkage, scores, shifts, labels)

@@ -22,7 +22,7 @@ class FeatureSums:
     The memory is O(F^2 + C F). In a distributed run each process sums its own; the sample that counts is rank 0's.
 
     Args:
-        head: Its training view is listened to.
+        head: Whose features they are.
         ignore_index: The label of samples that are left out.
 
     Attributes:
@@ -50,30 +50,23 @@ class FeatureSums:
         self.labels = torch.empty(0, dtype=torch.int64, device=device)
         self.seen = torch.zeros((), dtype=torch.int64)
         self._capacity = max(64, min(_KEPT_SAMPLES, _MAX_SCORES // classes))
-        self._features: torch.Tensor | None = None
-        head.training_view.on_features = self._observe
 
-    def _observe(self, features: torch.Tensor) -> None:
-        self._features = features
-
-    def add(self, targets: torch.Tensor) -> None:
-        """Add the features of the last forward.
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add the features of a forward.
 
         Args:
+            features: (B, F), or (B, N, F) of N patches to an image: each is a sample of the image's class.
             targets: (B,) int64, or (B, C).
 
         Raises:
             ValueError: They do not fit the features, or are out of range.
         """
-        if self._features is None:
-            raise ValueError('a DL2PA head of the model saw no features in this forward: is it the model in use?')
-        if targets.shape not in ((len(self._features),), (len(self._features), self.num_classes)):
+        if targets.shape not in ((len(features),), (len(features), self.num_classes)):
             raise ValueError(f'targets must be class indices (B,) or soft targets (B, {self.num_classes}) for the '
-                             f'{len(self._features)} images, not of the shape {tuple(targets.shape)}.')
+                             f'{len(features)} images, not of the shape {tuple(targets.shape)}.')
         check_values(targets, self.num_classes, self.ignore_index)
-        # An auxiliary head may see many patches of an image (B, N, F): each is a sample of the image's class.
-        patches = math.prod(self._features.shape[1:-1])
-        features = self._features.flatten(0, -2).to(self.sums)
+        patches = math.prod(features.shape[1:-1])
+        features = features.flatten(0, -2).to(self.sums)
         targets = targets.to(features.device).repeat_interleave(patches, dim=0)
         features, targets, tally = samples_that_count(features, targets, self.ignore_index)
         self.tally += tally
@@ -88,7 +81,6 @@ class FeatureSums:
         if label is not None:
             whole = main_share > 0.999  # mixed images have no label of their own
             self._keep(features[whole].float(), label[whole])
-        self._features = None
 
     def _keep(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Fold samples into the uniform sample: of every `seen` samples each is kept with the same probability."""

@@ -2,6 +2,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..distributed import rank, solve_on_rank_0
 from ..head import DL2PAHead, heads_of
 from ..losses.targets import as_labels
 from ..values import whole_number
+from .backbone_modes import BackboneModes
 from .batches import split_batch, to_model
 from .discriminant import Moments, fit_discriminant
 from .feature_sums import FeatureSums
@@ -52,17 +54,32 @@ class Primer:
         for head in heads:
             check_neck(head)
         self.heads = heads
+        self.ignore_index = ignore_index
+        self.features: list[torch.Tensor | None] = [None] * len(heads)
         self._sums = [FeatureSums(head, ignore_index) for head in heads]
+        self._training_sums: list[FeatureSums] | None = None
+        for number, head in enumerate(heads):
+            head.training_view.on_features = partial(self.features.__setitem__, number)
 
-    def add(self, targets: torch.Tensor) -> None:
-        """Add the features of the last forward, with its targets (B,) or (B, C), of any kind that `as_labels` takes.
+    def add(self, targets: torch.Tensor, training: bool = False) -> None:
+        """Add the features of the last forward.
+
+        Args:
+            targets: (B,) or (B, C), of any kind that `as_labels` takes.
+            training: Whether the model was in training mode. If both are added, with the same images, the heads are set
+                by both.
 
         Raises:
             ValueError: The targets do not fit the features.
         """
         targets = as_labels(targets)
-        for found in self._sums:
-            found.add(targets)
+        if training and self._training_sums is None:
+            self._training_sums = [FeatureSums(head, self.ignore_index) for head in self.heads]
+        for number, sums in enumerate(self._training_sums if training else self._sums):
+            if self.features[number] is None:
+                raise ValueError('a DL2PA head of the model saw no features in this forward: is it the model in use?')
+            sums.add(self.features[number], targets)
+            self.features[number] = None
 
     def close(self) -> None:
         """Stop gathering features."""
@@ -74,7 +91,7 @@ class Primer:
         """Set the heads, end the scheduler's warm-up and stop gathering features. Returns and raises what `prime` does.
         """
         self.close()
-        for found in self._sums:
+        for found in [*self._sums, *(self._training_sums or ())]:
             found.gather()
         samples, left_out = self._sums[0].tally.tolist()
         seen = self._sums[0].counts.cpu() > 0
@@ -103,13 +120,17 @@ class Primer:
     def _fit(self) -> tuple[Priming, list[NeckMap | None], list[float], float]:
         """Return assignment and prototypes, of each head the map and the scale, and the main head's accuracy."""
         priming, maps, scales, accuracies = None, [], [], []
-        for head, sums in zip(self.heads, self._sums):
+        for number, (head, sums) in enumerate(zip(self.heads, self._sums)):
             moments = Moments.of(sums.counts, sums.sums, sums.squares)
+            in_training = None
+            if self._training_sums is not None and self._training_sums[number].counts.any():
+                found = self._training_sums[number]
+                in_training = Moments.of(found.counts, found.sums, found.squares)
             if head.config.neck == 'none':
                 priming, neck_map = priming or place_at_means(head, moments), None
                 accuracy, scale = held_out_features(priming, moments, sums.samples.cpu(), sums.labels.cpu())
             else:
-                discriminant = fit_discriminant(moments, sums.samples.cpu(), sums.labels.cpu())
+                discriminant = fit_discriminant(moments, sums.samples.cpu(), sums.labels.cpu(), in_training)
                 priming = priming or place_prototypes(head, discriminant)
                 weight = embedding_map(discriminant, priming)
                 accuracy, scale = held_out(discriminant, priming, weight)
@@ -118,13 +139,17 @@ class Primer:
             maps.append(neck_map), scales.append(scale), accuracies.append(accuracy)
         return priming, maps, scales, accuracies[0]
 
-    def state_dict(self) -> list[dict[str, torch.Tensor]]:
-        """Return the sums so far, of each head, as copies on the CPU."""
-        return [found.state_dict() for found in self._sums]
+    def state_dict(self) -> dict[str, list[dict[str, torch.Tensor]] | None]:
+        """Return the sums so far, of each head in each mode, as copies on the CPU."""
+        return {'evaluation': [found.state_dict() for found in self._sums],
+                'training': self._training_sums and [found.state_dict() for found in self._training_sums]}
 
-    def load_state_dict(self, state: list[dict[str, torch.Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, list[dict[str, torch.Tensor]] | None]) -> None:
         """Take over a state. In a distributed run all processes load the same one, and rank 0 keeps it."""
-        for found, saved in zip(self._sums, state, strict=True):
+        if state['training'] is not None:
+            self._training_sums = [FeatureSums(head, self.ignore_index) for head in self.heads]
+        for found, saved in zip([*self._sums, *(self._training_sums or ())],
+                                [*state['evaluation'], *(state['training'] or ())], strict=True):
             found.load_state_dict(saved)
 
 
@@ -196,21 +221,24 @@ def prime(
     total = len(loader) if hasattr(loader, '__len__') else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
-    modes = {module: module.training for module in inner.modules()}
+    modes = BackboneModes(inner, heads)
     primer = Primer(heads, ignore_index)
     try:
-        for module in modes:  # not by eval(), which a training task takes for the end of an epoch
-            module.training = False
         with torch.no_grad(), tqdm(total=total, desc='prime', disable=quiet, unit='batch') as bar:
             for batch in islice(loader, max_batches):
                 images, targets = split_batch(batch)
-                inner(to_model(images, first))
+                images = to_model(images, first)
+                with modes.evaluation():
+                    inner(images)
+                if modes.may_differ and len(targets) > 1:  # batch norm refuses one sample
+                    before = list(primer.features)
+                    with modes.training():
+                        inner(images)
+                    if modes.differ(before, primer.features):
+                        primer.add(targets, training=True)
+                    primer.features[:] = before
                 primer.add(targets)
                 bar.update()
     finally:
         primer.close()
-        for module, mode in modes.items():
-            module.training = mode
     return primer.finish(scheduler)
-
-
