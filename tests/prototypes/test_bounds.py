@@ -57,7 +57,7 @@ def test_three_dimensions_agree_with_fejes_toth():
 
 
 @pytest.mark.parametrize('size, message', [
-    ((1, 3), 'at least 2'), ((3, 0), 'dim at least 1'), ((3, 1), 'dim=1 has room')])
+    ((1, 3), 'at least 2'), ((3, 0), 'dim must be at least 1'), ((3, 1), 'dim=1 has room')])
 def test_bad_sizes(size, message):
     with pytest.raises(ValueError, match=message):
         max_cosine_lower_bound(*size)

@@ -5,6 +5,10 @@ import torch
 import torch.nn as nn
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
+from timm_dl2pa.scheduling import neck_fit, prime_fit
+from timm_dl2pa.scheduling.backbone_modes import BackboneModes
+from timm_dl2pa.scheduling.discriminant import Moments, fit_discriminant
+from timm_dl2pa.scheduling.feature_sums import FeatureSums
 from timm_dl2pa.scheduling.priming import Primer
 
 CLASSES, FEATURES = 20, 24
@@ -13,29 +17,46 @@ CLASSES, FEATURES = 20, 24
 class Model(nn.Module):
     """A "backbone" that is a fixed, badly conditioned, off-centre map."""
 
-    def __init__(self, dim, neck='linear', heads=1):
+    def __init__(self, dim, neck='linear', heads=1, recipe='placed'):
         super().__init__()
         self.mix = nn.Linear(FEATURES, FEATURES)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
             self.mix.weight.copy_(torch.randn(FEATURES, FEATURES) / 5)
             self.mix.bias.copy_(2 + torch.randn(FEATURES))
-            self.heads = nn.ModuleList([DL2PAHead(FEATURES, CLASSES, dim, neck=neck) for _ in range(heads)])
+            self.heads = nn.ModuleList([DL2PAHead(FEATURES, CLASSES, dim, neck=neck, recipe=recipe)
+                                        for _ in range(heads)])
 
     def forward(self, x):
         features = self.mix(x)
         return next(iter([head(features) for head in self.heads]))
 
 
+def _centres():
+    fixed = torch.Generator().manual_seed(99)
+    return (2 * torch.randn(4, FEATURES, generator=fixed))[torch.arange(CLASSES) % 4] \
+        + torch.randn(CLASSES, FEATURES, generator=fixed)
+
+
+CENTRES = _centres()
+
+
 def batches(number, rows=64, seed=0, spread=1.0):
     """Classes in four families."""
-    fixed = torch.Generator().manual_seed(99)
-    centres = (2 * torch.randn(4, FEATURES, generator=fixed))[torch.arange(CLASSES) % 4] \
-        + torch.randn(CLASSES, FEATURES, generator=fixed)
+    centres = CENTRES
     generator = torch.Generator().manual_seed(seed)
     for _ in range(number):
         labels = torch.randint(0, CLASSES, (rows,), generator=generator)
         yield centres[labels] + spread * torch.randn(rows, FEATURES, generator=generator), labels
+
+
+def fitted(model, loader):
+    """The discriminant that `prime` makes of these samples."""
+    sums = FeatureSums(model.heads[0], -100)
+    with torch.no_grad():
+        for x, labels in loader:
+            sums.add(model.mix(x), labels)
+    return fit_discriminant(Moments.of(sums.counts, sums.sums, sums.squares), sums.samples, sums.labels)
 
 
 def accuracy(model, x, labels):
@@ -55,23 +76,145 @@ def test_a_primed_head_is_as_good_as_the_nearest_class_mean(neck):
     assert 0.5 < nearest < accuracy(model, test, labels) + 0.02
 
 
-def test_it_is_the_least_squares_neck():
-    """But for the ridge: the solution of the normal equations, in which each class counts the same."""
-    model = Model(6)
-    x, labels = next(batches(1, 4000))
-    prime(model, [(x, labels)], progress=False)
-    head = model.heads[0]
+def nearest_mean(features, labels, tested, tested_labels):
+    means = torch.stack([features[labels == label].mean(0) for label in range(CLASSES)])
+    return (torch.cdist(tested, means).argmin(1) == tested_labels).double().mean().item()
+
+
+@pytest.mark.parametrize('mix', [True, False])
+@pytest.mark.parametrize('rows', [100, 1000])
+@pytest.mark.parametrize('dim', [6, 10, CLASSES - 1, 40])
+def test_it_holds_up_against_the_nearest_class_mean(dim, rows, mix):
+    """With few samples and many, where directions matter and where they are all alike. In few dimensions against the
+    nearest class mean after a linear discriminant analysis."""
+    model = Model(dim, 'linear_bn')
+    if not mix:
+        nn.init.eye_(model.mix.weight)
+    (train, train_labels), (test, labels) = next(batches(1, rows)), next(batches(1, 2000, seed=1))
+    train_labels[:CLASSES], train[:CLASSES] = torch.arange(CLASSES), CENTRES
     with torch.no_grad():
-        features = model.mix(x).double()
-        means = torch.stack([features[labels == label].mean(0) for label in range(CLASSES)])
-        assert head.neck(means.mean(0).float()).abs().max() < 1e-4 * head.neck(features.float()).abs().max()
-        features = features - means.mean(0)
-        share = (1 / torch.bincount(labels, minlength=CLASSES)[labels].double()).unsqueeze(1)
-        target = share.sqrt() * head.class_prototypes[labels]
-        best = features @ torch.linalg.lstsq(share.sqrt() * features, target).solution
-        ours = features @ head.neck.weight.double().t()
-        fit = float((ours * best).sum() / ours.norm() / best.norm())
-    assert fit > 0.97
+        features, tested = model.mix(train).double(), model.mix(test).double()
+    if dim < CLASSES - 1:
+        found = fitted(model, [(train, train_labels)])
+        moments = found.rows  # (C, F), in the metric of the covariance
+        basis = torch.linalg.svd(moments - moments.mean(0), full_matrices=False)[2][:dim]
+        features, tested = features @ basis.t(), tested @ basis.t()
+    prime(model, [(train, train_labels)], progress=False)
+    assert accuracy(model, test, labels) > nearest_mean(features, train_labels, tested, labels) - 0.06
+
+
+def test_nothing_is_aligned_where_prototypes_are_a_simplex(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError('aligned')
+
+    monkeypatch.setattr(prime_fit, 'align_prototypes', refuse)
+    for recipe in ('placed', 'even'):
+        model = Model(CLASSES - 1, recipe=recipe)
+        before = model.heads[0].prototypes.clone()
+        prime(model, batches(10), progress=False)
+        assert torch.equal(model.heads[0].prototypes, before)
+        assert model.heads[0].assignment.tolist() == list(range(CLASSES))
+        # The head classifies as the discriminant analysis does.
+        x, _ = next(batches(1, 500, seed=1))
+        found = fitted(model, batches(10))
+        with torch.no_grad():
+            scores = (model.mix(x).double() - found.centre) @ found.rows.t()
+            assert torch.equal(model.eval()(x).argmax(1), scores.argmax(1))
+    with pytest.raises(AssertionError, match='aligned'):
+        prime(Model(6, recipe='even'), batches(10), progress=False)
+
+
+def test_the_recipe_decides_whether_prototypes_are_placed_or_rotated():
+    even, placed = Model(6, recipe='even'), Model(6, recipe='placed')
+    spread = torch.pdist(even.heads[0].prototypes).sort().values
+    for model in (even, placed):
+        prime(model, batches(20), progress=False)
+    assert torch.allclose(torch.pdist(even.heads[0].prototypes).sort().values, spread, atol=1e-5)
+    assert not torch.allclose(torch.pdist(placed.heads[0].prototypes).sort().values, spread, atol=0.05)
+    x, labels = next(batches(1, 1000, seed=1))
+    assert accuracy(placed, x, labels) > accuracy(even, x, labels) - 0.02
+
+
+def test_a_learned_scale_fits_samples_that_are_left_out():
+    for spread, low, high in ((0.3, 18, 41), (3.0, 3, 14)):
+        model = Model(CLASSES - 1, 'linear_bn')
+        prime(model, batches(10, spread=spread), progress=False)
+        assert low < model.heads[0].current_scale().item() < high
+    model.heads[0] = DL2PAHead(FEATURES, CLASSES, CLASSES - 1, scale=7.0)
+    prime(model, batches(10), progress=False)
+    assert model.heads[0].current_scale().item() == 7.0
+
+
+def after_an_epoch(neck, optimiser):
+    """Accuracy before and after an epoch in which the primed head alone is trained."""
+    model = Model(CLASSES - 1, neck).requires_grad_(False)
+    model.heads[0].requires_grad_(True)
+    loader, (x, labels) = list(batches(20, rows=64, spread=1.5)), next(batches(1, 4000, seed=1, spread=1.5))
+    prime(model, loader, progress=False)
+    before, optimizer = accuracy(model, x, labels), optimiser(model.heads[0].parameters())
+    for images, targets in loader:
+        nn.functional.cross_entropy(model.train()(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, accuracy(model, x, labels)
+
+
+@pytest.mark.parametrize('optimiser', [lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+                                       lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)])
+@pytest.mark.parametrize('neck', ['linear', 'linear_bn'])
+def test_training_does_not_undo_it(neck, optimiser, monkeypatch):
+    """At the learning rates of a new classifier: a primed neck turns slowly."""
+    before, after = after_an_epoch(neck, optimiser)
+    assert after > before - 0.03
+    monkeypatch.setattr(neck_fit, '_LENGTH', 0.3)
+    assert after_an_epoch(neck, optimiser)[1] < before - 0.03
+
+
+class Normalised(Model):
+    """Its features are others in training mode: batch norm whose statistics are of other data."""
+
+    def __init__(self, dim, neck='linear_bn'):
+        super().__init__(dim, neck)
+        self.norm = nn.BatchNorm1d(FEATURES)
+        generator = torch.Generator().manual_seed(1)
+        self.norm.running_mean.copy_(2 + 0.7 * torch.randn(FEATURES, generator=generator))
+        self.norm.running_var.copy_(4 * torch.rand(FEATURES, generator=generator) + 0.5)
+        self.drop = nn.Dropout(0.02)
+
+    def forward(self, x):
+        return self.heads[0](torch.relu(self.drop(self.norm(self.mix(x)))))
+
+
+def test_the_first_step_of_training_sees_what_was_primed(monkeypatch):
+    """Where the backbone's batch norms train, features are others than in evaluation mode."""
+    loader = list(batches(20, rows=64))
+
+    def losses():
+        model = Normalised(CLASSES - 1).train()
+        buffers, random = copy.deepcopy(model.norm.state_dict()), torch.get_rng_state()
+        prime(model, loader, progress=False)
+        assert all(torch.equal(value, buffers[name]) for name, value in model.norm.state_dict().items())
+        assert torch.equal(random, torch.get_rng_state()) and model.norm.training and model.drop.training
+        with torch.no_grad():
+            found = [sum(nn.functional.cross_entropy(model(x), labels).item() for x, labels in loader) / len(loader)
+                     for model in (copy.deepcopy(model).train(), model.eval())]
+        return found
+
+    in_training, in_evaluation = losses()
+    assert in_training < in_evaluation + 0.25
+    monkeypatch.setattr(BackboneModes, 'differ', lambda *_: False)
+    alone = losses()
+    assert alone[0] > in_training + 0.3  # by evaluation mode alone
+
+
+def test_a_backbone_that_is_the_same_in_both_modes_runs_once():
+    model, seen = Model(6).train(), []
+    model.mix.register_forward_hook(lambda *_: seen.append(1))
+    prime(model, batches(5), progress=False)
+    assert len(seen) == 6  # the first batch tells
+    model.eval()
+    prime(model, batches(5), progress=False)
+    assert len(seen) == 11
 
 
 def test_classes_that_look_alike_stand_close():
@@ -85,15 +228,16 @@ def test_classes_that_look_alike_stand_close():
     assert 0.1 < share < 1
 
 
-def test_it_returns_the_share_of_variance_that_the_features_explain():
-    model = Model(6)
-    share = prime(model, batches(30), progress=False)
-    x, labels = next(batches(1, 4000, seed=1))
-    with torch.no_grad():
-        z, placed = model.heads[0].neck(model.mix(x)), model.heads[0].class_prototypes[labels]
-        factor = (z * placed).sum() / z.square().sum()
-        measured = 1 - (factor * z - placed).square().sum() / placed.square().sum()
-    assert share == pytest.approx(measured.item(), abs=0.03)
+@pytest.mark.parametrize('recipe', ['placed', 'even'])
+@pytest.mark.parametrize('neck', ['linear', 'none'])
+def test_it_returns_the_accuracy_of_samples_that_are_left_out(recipe, neck):
+    model = Model(FEATURES if neck == 'none' else 6, neck, recipe=recipe)
+    found = prime(model, batches(8, rows=60, spread=1.5), progress=False)
+    x, labels = next(batches(1, 4000, seed=1, spread=1.5))
+    assert found == pytest.approx(accuracy(model, x, labels), abs=0.08)
+    trained, trained_labels = zip(*batches(8, rows=60, spread=1.5))
+    if neck == 'linear':
+        assert accuracy(model, torch.cat(trained), torch.cat(trained_labels)) > found + 0.02
 
 
 def test_the_scheduler_goes_on_without_a_warmup_and_labels_stay():
@@ -141,9 +285,10 @@ def test_only_the_head_changes_and_the_model_is_put_back():
 @pytest.mark.parametrize('neck', ['linear', 'none'])
 def test_several_heads_and_no_neck(neck):
     model = Model(FEATURES if neck == 'none' else 6, neck, heads=2)
+    before = model.heads[0].class_prototypes
     prime(model, batches(10), progress=False)
     first, second = model.heads
-    assert first.assignment.tolist() != list(range(CLASSES))
+    assert not torch.allclose(first.class_prototypes, before, atol=0.1)
     assert torch.equal(first.assignment, second.assignment) and torch.equal(first.prototypes, second.prototypes)
     x, labels = next(batches(1, 1000, seed=1))
     assert accuracy(model, x, labels) > (0.3 if neck == 'none' else 0.5)

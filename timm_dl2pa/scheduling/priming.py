@@ -104,9 +104,11 @@ class Primer:
             warnings.warn(f'{int((~seen).sum())} of {len(seen)} classes had no images (the first is class '
                           f'{int((~seen).nonzero()[0])}): they get the prototypes that are left.', stacklevel=3)
         # On one process: processors differ in the last bit.
-        priming, maps, scales, accuracy = solve_on_rank_0(self._fit, self.heads[0].prototypes.device)
-        for head, neck_map in zip(self.heads, maps):
-            check_neck(head, neck_map)
+        device = self.heads[0].prototypes.device
+        with torch.autocast('cpu', enabled=False), torch.autocast(device.type, enabled=False):
+            priming, maps, scales, accuracy = solve_on_rank_0(self._fit, device)
+            for head, neck_map in zip(self.heads, maps):
+                check_neck(head, neck_map)
         for head, neck_map, scale in zip(self.heads, maps, scales):
             head.assign(priming.assignment, priming.prototypes)
             if neck_map is not None:

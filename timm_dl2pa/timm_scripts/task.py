@@ -14,7 +14,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, TrainingTask
 from ..distributed import solve_on_rank_0
 from ..head import heads_of
 from ..options import named_as_options
-from ..scheduling import AssignmentScheduler, AssignmentUpdate, Duration, Primer
+from ..scheduling import AssignmentScheduler, AssignmentUpdate, BackboneModes, Duration, Primer
 from .creation import plugin_options
 from .criterion import OUR_LOSSES, PROTOTYPE_LOSSES, make_criterion
 
@@ -131,25 +131,28 @@ class DL2PATask(TrainingTask):
         return result
 
     def _collect_for_priming(self, input: Any, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run timm's forward and collect the features. The loss has a zero gradient.
+        """Run timm's forward in both modes and collect the features. The loss has a zero gradient.
 
         The task receives one batch after the other from the script's loader, so these batches are not trained on.
         """
         result = super().forward(input, target)
         self.assignment_scheduler.drop_forwards()
         result['loss'] = 0.0 * result['loss'].nan_to_num()
+        self._primer.add(target, training=True)
+        with torch.no_grad(), BackboneModes(self.get_trainable_module(), self.dl2pa_heads).evaluation():
+            super().forward(input, target)
         self._primer.add(target)
         self._batches += 1
         self._primed_batches += 1
         return result
 
     def _prime(self) -> None:
-        explained = self._primer.finish(self.assignment_scheduler)
+        accuracy = self._primer.finish(self.assignment_scheduler)
         self._primer = None
         self._prototypes_moved = True
         if self.verbose:
-            _logger.info(f'DL2PA: primed by {self._primed_batches} batches, which were not trained on: the features '
-                         f"explain {100 * explained:.1f} % of the prototypes' variance")
+            _logger.info(f'DL2PA: primed by {self._primed_batches} batches, which were not trained on: '
+                         f'{100 * accuracy:.1f} % of images that are left out are classified correctly')
 
     def _check_first_batch(self, target: torch.Tensor) -> None:
         if target.ndim == 2 and ((target.float().sum(dim=1) - 1).abs() > 0.01).any():
