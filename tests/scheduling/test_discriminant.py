@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_dl2pa import DL2PAHead
+from timm_dl2pa.prototypes.energy import UNIFORMITY, pair_energy
 from timm_dl2pa.scheduling import prime_fit
 from timm_dl2pa.scheduling.discriminant import Moments, _left_out, best_scale, fit_discriminant
 from timm_dl2pa.scheduling.feature_sums import FeatureSums
@@ -136,6 +137,16 @@ def test_projection_is_that_of_the_singular_vectors():
     expected = left[:, :5] * values[:5]
     assert torch.allclose(found @ found.t(), expected @ expected.t(), atol=1e-5)
     assert prime_fit._projected(rows[:4, :3], 5).shape == (4, 5)
+
+
+def test_prototypes_are_spread_by_the_papers_energy():
+    points = F.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    found = prime_fit._energy_gradient(points, torch.arange(30))
+    assert torch.allclose(found, pair_energy(points.clone(), UNIFORMITY)[1], atol=1e-6)
+    near = F.normalize(torch.ones(5) + 0.3 * points, dim=1).double()
+    spread = prime_fit._spread(near)
+    assert torch.pdist(spread).min() > 2 * torch.pdist(near).min()
+    assert (spread * near).sum(1).mean() > 0.5  # near where they were
 
 
 def test_the_map_needs_no_matrix_of_all_classes():

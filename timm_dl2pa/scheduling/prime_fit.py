@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ..assignment import align_prototypes
 from ..head import DL2PAHead
-from ..prototypes.energy import UNIFORMITY, pair_energy
+from ..prototypes.energy import UNIFORMITY, block_rows
 from .discriminant import Discriminant, Moments, best_scale
 
 __all__ = ['Priming', 'embedding_map', 'held_out', 'held_out_features', 'place_at_means', 'place_prototypes']
@@ -18,6 +18,8 @@ _RIDGE = 1.0
 _SPREAD = 1.0
 _SPREAD_STEPS = 40
 _SPREAD_RATE = 0.13
+# Number of classes whose energy one step counts: all of them up to here, beyond it one block after the other.
+_SPREAD_BLOCK = 4096
 # How far cosines between class prototypes may be from those of a simplex.
 _TOLERANCE = 1e-4
 # Scores of all restarts of a rotation.
@@ -132,11 +134,23 @@ def _spread(targets: torch.Tensor) -> torch.Tensor:
     drawn = F.normalize(torch.randn(targets.shape, generator=generator, dtype=targets.dtype), dim=1)
     points = torch.where(known, targets, drawn).float()
     targets = targets.float()
-    for _ in range(_SPREAD_STEPS):
-        _, gradient = pair_energy(points, UNIFORMITY)
+    for step in range(_SPREAD_STEPS):
+        others = torch.arange(min(len(points), _SPREAD_BLOCK)) + step * _SPREAD_BLOCK * (len(points) > _SPREAD_BLOCK)
+        push = 0.5 * _SPREAD * len(points) * _energy_gradient(points, others % len(points))
         pull = torch.where(known, targets - points, 0.0)
-        points = F.normalize(points + _SPREAD_RATE * (pull - 0.5 * _SPREAD * len(points) * gradient), dim=1)
+        points = F.normalize(points + _SPREAD_RATE * (pull - push), dim=1)
     return points.double()
+
+
+def _energy_gradient(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the gradient (C, d) of the paper's energy, by all points or, as an estimate, by those numbered."""
+    chosen, total, gradient = points[others], 0.0, torch.empty_like(points)
+    for rows in block_rows(len(points), len(chosen)):
+        kernel = (UNIFORMITY * (points[rows] @ chosen.t() - 1)).exp_()
+        kernel[torch.arange(rows.start, rows.stop).unsqueeze(1) == others] = 0.0
+        total += float(kernel.sum())
+        gradient[rows] = kernel @ chosen
+    return gradient.mul_(2 * UNIFORMITY / total)
 
 
 def embedding_map(discriminant: Discriminant, priming: Priming) -> torch.Tensor:
