@@ -146,7 +146,7 @@ def test_prototypes_are_spread_by_the_papers_energy():
     near = F.normalize(torch.ones(5) + 0.3 * points, dim=1).double()
     spread = prime_fit._spread(near)
     assert torch.pdist(spread).min() > 2 * torch.pdist(near).min()
-    assert (spread * near).sum(1).mean() > 0.5  # near where they were
+    assert (spread * near).sum(1).mean() > 0.3  # near where they were
 
 
 def test_the_map_needs_no_matrix_of_all_classes():
