@@ -164,28 +164,30 @@ def prime(
         progress: bool = True,
         ignore_index: int = IGNORED,
 ) -> float:
-    """Set assignment, rotation of the prototypes and neck by a trained backbone's features, in one pass over images.
+    """Set prototypes, assignment, neck and scale by a trained backbone's features, in one pass over images.
 
     The classes are told apart by a discriminant analysis: class directions in the metric of the covariance within
     classes, shrunk towards a sphere. How strongly, is chosen by leaving out samples, in closed form (`Discriminant`).
-    So the primed head is at best a full discriminant analysis, and at worst the nearest class mean. Where the class
+    So the primed head lies between a full discriminant analysis and the nearest class mean. Where the class
     prototypes form a simplex (d >= C - 1) it classifies as the discriminant does, to the digit. In fewer dimensions
     'placed' puts the prototypes where the class directions are, spread by the paper's energy, and the other recipes
     rotate their even set towards them; the neck is a ridge regression of the prototypes (`place_prototypes`,
     `embedding_map`).
 
-    The outputs of a linear neck keep their total variance, so that the learning rate still fits. A learned scale is set
-    to what suits samples that are left out. The scheduler's warm-up is skipped, since there is an assignment already.
-    Nothing else is changed. The memory is O(F^2 + C F).
+    Where modules of the backbone are in training mode and their features differ then (batch norm, dropout), each batch
+    runs in both modes, and the neck serves both: so training begins where `prime` ended. The neck is long, so that
+    training turns it slowly. A learned scale is set to what suits samples that are left out. The scheduler's warm-up is
+    skipped, since there is an assignment already. Nothing else is changed. The memory is O(F^2 + C F).
 
     Args:
-        model: A wrapped model (also inside DistributedDataParallel or PEFT). It runs in evaluation mode, and is
-            restored. If it has several heads, the first decides the assignment, and each neck is set by its own
+        model: A wrapped model (also inside DistributedDataParallel or PEFT), in the mode in which it will be trained:
+            call `eval()` on what will stay frozen. It is restored. If it has several heads, the first decides the assignment, and each neck is set by its own
             features.
         loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
             indices (B,), or soft targets (B, C). Batches may also be mappings with 'pixel_values' and 'labels', and
-            images the mapping that NaFlexViT takes. Training images without augmentation are best. In a distributed run
-            every process gives its own part of them.
+            images the mapping that NaFlexViT takes. Training images without augmentation are best, each once: on
+            CIFAR-100 with 20 images a class, at d = 32, 47.2 against 45.4 to 46.0 with crops and flips. In a
+            distributed run every process gives its own part of them.
         scheduler: The model's scheduler, if there is one.
         max_batches: Largest number of batches to take. A few dozen images a class suffice.
         progress: Show a bar on stderr (on rank 0).
