@@ -181,8 +181,8 @@ def prime(
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or PEFT), in the mode in which it will be trained:
-            call `eval()` on what will stay frozen. It is restored. If it has several heads, the first decides the assignment, and each neck is set by its own
-            features.
+            call `eval()` on what will stay frozen. It is restored. If it has several heads, the first decides the
+            assignment, and each neck is set by its own features.
         loader: Batches whose first two entries are images, which are moved to the model's device, and targets: class
             indices (B,), or soft targets (B, C). Batches may also be mappings with 'pixel_values' and 'labels', and
             images the mapping that NaFlexViT takes. Training images without augmentation are best, each once: on
