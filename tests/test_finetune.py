@@ -1,5 +1,7 @@
 """The command `timm-dl2pa finetune`, on coloured patterns and a tiny model."""
 import json
+import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -355,3 +357,36 @@ def test_the_picture(tmp_path, monkeypatch, data, weights, capsys):
 def test_bad_arguments_in_python(data):
     with pytest.raises(ValueError, match='--epochs must be a whole number'):
         run_finetune(str(data), epochs=1.5)
+
+
+def test_the_page_on_fine_tuning(tmp_path, monkeypatch, weights):
+    """Its Python runs, on coloured patterns and a tiny model, and its options are those of the command."""
+    text = (Path(__file__).parent.parent / 'docs' / 'fine-tune.md').read_text()
+    block, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    for written, smaller in (('epochs = 20', 'epochs = 2'), ('batch_size=64', 'batch_size=8')):
+        assert written in block
+        block = block.replace(written, smaller)
+    make_images(tmp_path / 'pets', parts=['train'])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, 'create_model', small_model(timm.create_model, weights))
+    names = {}
+    exec(compile(block, 'fine-tune.md', 'exec'), names)
+    assert names['scheduler'].steps == 6 and not names['scheduler'].warming_up
+    assert timm_dl2pa.load_model('my-model').label_names == list(COLOURS)
+    with torch.no_grad():
+        before, after = torch.load(weights), names['model'].state_dict()
+    assert torch.equal(before['bn1.running_mean'], after['bn1.running_mean'])
+    assert not torch.equal(before['bn1.weight'], after['bn1.weight'])
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr('argparse.ArgumentParser._print_message', lambda self, message, file: said.append(message))
+        cli.main(['finetune', '--help'])
+    assert set(re.findall(r'`(--[a-z-]+)', text)) <= set(re.findall(r'--[a-z-]+', said[0]))
+
+
+def small_model(create_model, weights):
+    def create(name, pretrained=False, **kwargs):
+        if not pretrained or name.startswith('local-dir:'):
+            return create_model(name, pretrained=pretrained, **kwargs)
+        return make_backbone('test_resnet', weights=weights, **kwargs)
+    return create
