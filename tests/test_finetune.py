@@ -143,6 +143,12 @@ def test_recipes(data, weights, tmp_path, recipe):
     assert metrics['epochs'][1]['train_loss'] < 10
 
 
+def test_a_model_that_is_made_for_one_size(data, tmp_path):
+    finetune(data, tmp_path, '--no-pretrained', '--model', 'test_vit', '--image-size', 64, '--epochs', 1)
+    model = timm_dl2pa.load_model(tmp_path / 'model')
+    assert model.patch_embed.img_size == (64, 64) and model.pretrained_cfg['input_size'] == (3, 64, 64)
+
+
 # --- the best epoch, early stopping, interruptions
 
 
@@ -251,6 +257,12 @@ def test_all_weights_but_the_classifier_are_loaded(weights):
     assert len(found['fc.weight']) == 5
     # A file with as many classes lends its classifier neither.
     assert not torch.equal(make_backbone('test_resnet', 1000, weights=weights).fc.weight, given['fc.weight'])
+
+
+def test_a_loss_that_is_not_finite(data, weights, tmp_path, capsys):
+    said = error_of(data, '--weights', weights, '--lr', 1e30, '--output', tmp_path, capsys=capsys)
+    assert 'the loss of epoch' in said and 'give a lower --lr than 1e+30' in said
+    assert timm_dl2pa.load_model(tmp_path / 'model').num_classes == 3  # the primed one
 
 
 @pytest.mark.parametrize('change, message', [

@@ -51,9 +51,10 @@ def make_backbone(
         OSError: The weights cannot be downloaded, or the file cannot be read.
     """
     try:
-        model = timm.create_model(name)
+        model = timm.create_model(name, num_classes=num_classes)
         arguments = size_arguments(model, image_size)
-        model = timm.create_model(name, num_classes=num_classes, **arguments)
+        if arguments:
+            model = timm.create_model(name, num_classes=num_classes, **arguments)
     except Exception as error:  # what timm's models raise is not documented
         raise ValueError(f'--model {name!r} cannot be made ({one_line(error)}): timm.list_models() lists the names.'
                          ) from None
