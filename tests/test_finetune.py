@@ -1,4 +1,5 @@
 """The command `timm-dl2pa finetune`, on coloured patterns and a tiny model."""
+import inspect
 import json
 import random
 import re
@@ -376,6 +377,14 @@ def test_the_picture(tmp_path, monkeypatch, data, weights, capsys):
     monkeypatch.setattr(command, 'draw_confusions', missing)
     finetune(data, tmp_path, '--weights', weights, '--epochs', 0)
     assert 'There is no picture, which needs matplotlib' in capsys.readouterr().out
+
+
+def test_the_commands_defaults_are_the_functions(monkeypatch):
+    given = {}
+    monkeypatch.setattr('timm_dl2pa.finetune.run_finetune', lambda data, **options: given.update(options))
+    assert cli.main(['finetune', 'somewhere']) == 0
+    parameters = list(inspect.signature(run_finetune).parameters.values())[1:]
+    assert given == {parameter.name: parameter.default for parameter in parameters}
 
 
 def test_bad_arguments_in_python(data):
