@@ -406,10 +406,10 @@ def test_the_page_on_fine_tuning(tmp_path, monkeypatch, weights):
     exec(compile(block, 'fine-tune.md', 'exec'), names)
     assert names['scheduler'].steps == 6 and not names['scheduler'].warming_up
     assert timm_dl2pa.load_model('my-model').label_names == list(COLOURS)
-    with torch.no_grad():
-        before, after = torch.load(weights), names['model'].state_dict()
+    before, after = torch.load(weights), names['model'].state_dict()
     assert torch.equal(before['bn1.running_mean'], after['bn1.running_mean'])
-    assert not torch.equal(before['bn1.weight'], after['bn1.weight'])
+    # By weight decay, if by nothing else: primed on classes that are so far apart, the loss may be exactly 0.
+    assert not torch.equal(before['conv1.0.weight'], after['conv1.0.weight'])
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr('argparse.ArgumentParser._print_message', lambda self, message, file: said.append(message))
