@@ -14,7 +14,7 @@ ROOMS = [
     'scheduling', 'models', 'timm_scripts', 'integrations',
 ]
 # These see everything, and nothing else sees them.
-DOORS = ['cli', 'demo', 'plugin', '__main__', '__init__']
+DOORS = ['cli', 'demo', 'finetune', 'plugin', '__main__', '__init__']
 PACKAGE = 'timm_dl2pa'
 
 

@@ -47,7 +47,7 @@ def test_command():
     version = run([str(Path(sys.executable).parent / 'timm-dl2pa'), '--version']).stdout
     assert version.strip() == f'timm-dl2pa {timm_dl2pa.__version__}'
     commands = run([sys.executable, '-m', 'timm_dl2pa', '--help']).stdout
-    assert all(name in commands for name in ('demo', 'run', 'inspect', 'fold'))
+    assert all(name in commands for name in ('demo', 'finetune', 'run', 'inspect', 'fold'))
 
 
 def test_ci_runs_the_readmes_commands():

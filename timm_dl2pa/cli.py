@@ -2,9 +2,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from timm.utils import ParseKwargs
 
+from .recipes import DEFAULT_RECIPE, RECIPES
 from .version import __version__
 
 # What inputs, disks and devices lead to.
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument('--device', default=None, metavar='DEVICE',
                       help='cpu, cuda, cuda:1, ...; default: a GPU if there is one')
     demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='folder for model, table and plot')
+    finetune = _add_finetune(commands)
     commands.add_parser(
         'run', add_help=False,
         help='run an unmodified script of timm with the DL2PA options among its flags (run --help)')
@@ -173,6 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except _ERRORS as error:
             inspect.exit(2, f'timm-dl2pa inspect: {error}\n')
         return 0
+    if command == 'finetune':
+        from .finetune import run_finetune
+        try:
+            run_finetune(options.pop('data'), **options)
+        except KeyboardInterrupt:
+            finetune.exit(130, 'timm-dl2pa finetune: interrupted before there was a model to save\n')
+        except _ERRORS as error:
+            finetune.exit(2, f'timm-dl2pa finetune: {error}\n')
+        return 0
     try:
         from .demo import run_demo
     except ModuleNotFoundError as error:
@@ -182,3 +194,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         demo.exit(2, f'timm-dl2pa demo: {error}\n')
     return 0
+
+
+def _add_finetune(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        'finetune',
+        help='fine-tune a pretrained timm model with a DL2PA head on a folder of images',
+        description='Sets the head by the features of a pretrained timm model (prime), then trains model and head, '
+                    'and keeps the epoch of the highest validation accuracy. Writes the model, the metrics as JSON, '
+                    'what is confused with what as a table and, with matplotlib, as a picture. Ctrl-C ends the '
+                    'training and keeps the best epoch so far.',
+    )
+    parser.add_argument('data', metavar='DATA',
+                        help='an ImageFolder: DATA/train/<class>/* and DATA/val/<class>/* (or valid, validation, '
+                             'test); or DATA/<class>/*, of which a fifth of each class is held out for validation')
+    parser.add_argument('--model', default='efficientnet_b0.ra4_e3600_r224_in1k', metavar='NAME',
+                        help='any timm model (default: %(default)s)')
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument('--weights', metavar='FILE',
+                       help="the model's weights under timm's names (.safetensors, .pth), in place of timm's download")
+    start.add_argument('--no-pretrained', action='store_false', dest='pretrained', help='start from random weights')
+    parser.add_argument('--dim', type=int, metavar='D',
+                        help='dimension of the embeddings (default: one less than there are classes, from 16 to 128)')
+    parser.add_argument('--recipe', choices=list(RECIPES), default=DEFAULT_RECIPE, help='default: %(default)s')
+    parser.add_argument('--epochs', type=int, default=20, metavar='N',
+                        help='default: %(default)s; 0: set the head by the features and train nothing')
+    parser.add_argument('--lr', type=float, metavar='X',
+                        help='learning rate of AdamW at the start (default: 1e-4; 1e-3 with --freeze or from random '
+                             'weights)')
+    parser.add_argument('--freeze', action='store_true', help='train the head alone, on the backbone as it is')
+    parser.add_argument('--train-batch-norm', action='store_true',
+                        help="let the backbone's batch norms use the statistics of the batch; by default they keep "
+                             "those of the pretraining")
+    parser.add_argument('--batch-size', type=int, default=64, metavar='N', help='default: %(default)s')
+    parser.add_argument('--image-size', type=int, metavar='PIXELS', help="default: the model's")
+    parser.add_argument('--patience', type=int, default=5, metavar='N',
+                        help='stop when the validation accuracy has not risen for N epochs (default: %(default)s)')
+    parser.add_argument('--output', default='dl2pa-finetune', metavar='DIR', help='default: %(default)s')
+    parser.add_argument('--device', metavar='DEVICE', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
+    parser.add_argument('--seed', type=int, default=0, metavar='N',
+                        help='of the weights, the order of the images, the images held out and the prototypes')
+    parser.add_argument('--workers', type=int, default=4, metavar='N',
+                        help='processes that prepare images (default: %(default)s)')
+    return parser

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
+from .finetune.backbone import find_device
 from .head import DL2PAHead
 from .models import save_model, wrap_dl2pa
 from .scheduling import AssignmentScheduler
@@ -87,7 +88,7 @@ def run_demo(
     """
     if epochs < 1:
         raise ValueError(f'--epochs must be at least 1, not {epochs}.')
-    torch_device = _device(device)
+    torch_device = find_device(device)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     train_set, test_set, names, source = _load_images(data_dir, model, seed)
@@ -119,17 +120,6 @@ def run_demo(
     print(f'\nwrote {folder}/embeddings.png, {folder}/results.json and {folder}/model; to load the model:\n'
           f'    model = timm_dl2pa.load_model({str(folder / "model")!r})')
     return runs
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'--device {name!r} cannot be used here: {str(error).splitlines()[0]}') from None
-    return device
 
 
 def _create_model(name: str, **kwargs: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..prototypes.nearest import margins
+from ..prototypes.nearest import nearest_pairs
 from ..values import checked_value
 from .card_picture import draw_card
 from .labels import LabelNames, read_label_names
@@ -242,15 +242,9 @@ def _nearest_table(head: Describable, facts: Facts) -> str:
         known = (means.norm(dim=1) > 0).nonzero().flatten()
         if len(known) > 1:
             criterion, labels, vectors = 'the mean directions of their embeddings in training', known, means[known]
-    angles, nearest = margins(torch.nn.functional.normalize(vectors, dim=1))
-    rows, pairs = [], set()
-    for index in angles.argsort(stable=True).tolist():
-        neighbour = nearest[index].item()
-        pair = frozenset((index, neighbour))
-        if pair not in pairs and len(rows) < _MAX_ROWS:
-            pairs.add(pair)
-            rows.append([_class_name(labels[index].item(), facts.label_names),
-                         _class_name(labels[neighbour].item(), facts.label_names), f'{angles[index]:.1f}'])
+    pairs = nearest_pairs(torch.nn.functional.normalize(vectors, dim=1), _MAX_ROWS)
+    rows = [[*(_class_name(labels[index].item(), facts.label_names) for index in pair), f'{angle:.1f}']
+            for *pair, angle in pairs]
     return f'Nearest classes, by {criterion}:\n\n' + table(['class', 'nearest class', 'angle in degrees'], rows)
 
 

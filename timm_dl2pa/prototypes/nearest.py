@@ -5,7 +5,7 @@ import torch
 
 from .energy import block_rows
 
-__all__ = ['cosine_blocks', 'margins']
+__all__ = ['cosine_blocks', 'margins', 'nearest_pairs']
 
 
 def cosine_blocks(
@@ -46,3 +46,23 @@ def margins(class_prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     best = [cosines.max(dim=1) for _, cosines in cosine_blocks(class_prototypes)]
     cosines, nearest = torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
     return torch.rad2deg(cosines.clamp(-1, 1).acos()), nearest
+
+
+def nearest_pairs(rows: torch.Tensor, most: int) -> list[tuple[int, int, float]]:
+    """Return the nearest of the pairs that a row and its nearest neighbour make, each pair once.
+
+    Args:
+        rows: (N, d) unit rows, N >= 2, any floating-point dtype.
+        most: The largest number of pairs.
+
+    Returns:
+        The indices of both rows of each pair, and the angle between them in degrees, the smallest first.
+    """
+    angles, nearest = margins(rows)
+    pairs: dict[frozenset[int], tuple[int, int, float]] = {}
+    for index in angles.argsort(stable=True).tolist():
+        neighbour = nearest[index].item()
+        pairs.setdefault(frozenset((index, neighbour)), (index, neighbour, angles[index].item()))
+        if len(pairs) == most:
+            break
+    return list(pairs.values())
