@@ -85,11 +85,13 @@ def test_directions_of_both_modes_serve_both():
     assert torch.equal(both.centre, alone.centre)
 
 
-def test_the_scale_has_the_least_cross_entropy():
+def test_the_scale_is_the_smallest_that_suits():
     cosines, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.2, 0.3]]), torch.tensor([0, 0, 1])
     scale, entropy = best_scale(cosines, labels)
     assert entropy == pytest.approx(min(F.cross_entropy(value * cosines, labels).item() for value in (
         4, 6, 9, 13, 19, 28, 40))) and scale == 40
+    apart = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    assert best_scale(apart, torch.tensor([0, 1]))[0] == 4  # no larger than it need be
 
 
 @pytest.mark.parametrize('split', [1, 7, 60])

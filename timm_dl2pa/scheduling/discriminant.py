@@ -166,8 +166,13 @@ def _left_out(whitened: torch.Tensor, means: torch.Tensor, labels: torch.Tensor,
 
 
 def best_scale(cosines: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Return the scale at which cosines (R, C) have the least cross-entropy with labels (R,), and that entropy."""
+    """Return the scale that suits cosines (R, C) with labels (R,), and the least cross-entropy that they have.
+
+    It is the smallest whose cross-entropy is within 0.01 of the least: where classes are easily told apart, larger ones
+    would leave no gradient.
+    """
     if not len(labels):
         return _SCALES[0], 0.0
-    entropy, scale = min((float(F.cross_entropy(scale * cosines, labels)), scale) for scale in _SCALES)
-    return scale, entropy
+    entropies = {scale: float(F.cross_entropy(scale * cosines, labels)) for scale in _SCALES}
+    least = min(entropies.values())
+    return next(scale for scale, entropy in entropies.items() if entropy <= least + 0.01), least
