@@ -1,7 +1,7 @@
-"""Write the README's tables from `benchmarks/results`, each between its `<!-- NAME -->` and `<!-- /NAME -->` marks.
+"""Write the tables of README and docs from `benchmarks/results`, each between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python benchmarks/readme_tables.py            # writes them
-    python benchmarks/readme_tables.py --check    # fails if the README has other figures
+    python benchmarks/readme_tables.py --check    # fails if a page has other figures
 
 `gpu` is all tables of a GPU's figures; where there are no results, a sentence says so.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from timm_dl2pa.options import PREFIX, PluginOptions
@@ -335,31 +336,93 @@ def options() -> str:
     return table(['option', ''], rows).replace('---:', '---', 1)
 
 
+# --- fine-tuning
+
+_FINETUNED = {
+    'nearest_mean': 'nearest class mean', 'logistic': 'logistic regression, its best C', 'linear': '`nn.Linear`',
+    'linear_bn': 'linear, batch norm, linear', 'placed': "ours, 'placed', not primed",
+    'placed_primed': "ours, 'placed', primed", 'even_primed': "ours, 'even', primed",
+}
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    return f'{mean(values):.1f} ± {stdev(values):.1f}' if len(values) > 1 else f'{values[0]:.1f}' if values else '-'
+
+
+def _finetuned(columns: dict[str, Callable[[dict[str, Any]], Any]], is_row: Callable[[dict[str, Any]], bool]) -> str:
+    """Return top-1 by method and d; each column picks its value of the rows that it is about, or None."""
+    results = [row for row in _record('finetune')['results'] if is_row(row)]
+    lines = []
+    for method, dim in dict.fromkeys((row['method'], row['dim']) for row in results):
+        mine = [row for row in results if (row['method'], row['dim']) == (method, dim)]
+        cells = [_mean_and_spread([value for row in mine if (value := pick(row)) is not None])
+                 for pick in columns.values()]
+        lines.append([_FINETUNED[method], dim or '-', *cells, len({row['seed'] for row in mine})])
+    return table(['classifier', 'd', *columns, 'seeds'], lines)
+
+
+def _after(epochs: int, rate: str) -> Callable[[dict[str, Any]], float | None]:
+    def pick(row: dict[str, Any]) -> float | None:
+        return row['top1'] if (row['epochs'], f'{row["optimizer"]}:{row["lr"]}') == (epochs, rate) else None
+    return pick
+
+
+def _before(row: dict[str, Any]) -> float | None:
+    return row['top1'] if row['method'] in ('nearest_mean', 'logistic') else \
+        row['before']['top1'] if row['epochs'] == 1 else None
+
+
+def finetune_frozen() -> str:
+    """Top-1 on frozen features."""
+    rates = {'AdamW 1e-3': 'adamw:0.001', 'SGD 0.01': 'sgd:0.01'}
+    columns = {'before training': _before, **{f'{epochs} epoch{"s" * (epochs > 1)}, {name}': _after(epochs, rate)
+                                              for epochs in (1, 20) for name, rate in rates.items()}}
+    return _finetuned(columns, lambda row: row['backbone'] == 'frozen')
+
+
+def finetune_trained() -> str:
+    """Top-1 of full fine-tuning, with and without the batch norms' statistics."""
+    def columns(backbone: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: row['top1'] if row['backbone'] == backbone else None
+    return _finetuned({'before training': lambda row: row['before']['top1'],
+                       '1 epoch, statistics kept': columns('trained_but_batch_norm'),
+                       '1 epoch, statistics trained': columns('trained')}, lambda row: row['backbone'] != 'frozen')
+
+
+# Those of the page on fine-tuning.
+_FINETUNE_TABLES = (finetune_frozen, finetune_trained)
+
 # Those that are made from something else than a file of their own name.
-_OTHER_TABLES = (*_FOLDER_TABLES, options, gpu)
+_OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args()
-    readme = ROOT / 'README.md'
-    old = new = readme.read_text()
-    for make in (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
-                 *_OTHER_TABLES):
+    of_readme = (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
+                 *_FOLDER_TABLES, options, gpu)
+    return max(_write(ROOT / 'README.md', of_readme, args.check),
+               _write(ROOT / 'docs' / 'fine-tune.md', _FINETUNE_TABLES, args.check))
+
+
+def _write(page: Path, makers: tuple[Callable[..., str], ...], check: bool) -> int:
+    """Write the tables of a page, or check them; return 1 if there are no marks for one, or the check fails."""
+    old = new = page.read_text()
+    for make in makers:
         name = make.__name__
         pattern = re.compile(rf'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
         if not pattern.search(new):
-            print(f'README.md has no marks for {name}', file=sys.stderr)
+            print(f'{page.name} has no marks for {name}', file=sys.stderr)
             return 1
         content = make() if make in _OTHER_TABLES else make(_record(name))
         new = pattern.sub(lambda found, content=content: found[1] + content + '\n' + found[2], new)
-    if args.check and new != old:
-        print('README.md does not show the figures of benchmarks/results: run python benchmarks/readme_tables.py',
+    if check and new != old:
+        print(f'{page.name} does not show the figures of benchmarks/results: run python benchmarks/readme_tables.py',
               file=sys.stderr)
         return 1
-    if not args.check:
-        readme.write_text(new)
+    if not check:
+        page.write_text(new)
     return 0
 
 

@@ -23,7 +23,7 @@ from ..version import __version__
 from .backbone import find_device, make_backbone, size_arguments
 from .images import ImageFiles, Images, UnreadableImageError, find_images
 from .report import confusions, draw_confusions, per_class, report_lines
-from .training import Best, Epoch, Plan, fine_tune, make_loader
+from .training import Best, Epoch, Plan, fine_tune, make_loader, set_mode
 
 __all__ = ['default_dim', 'default_rate', 'run_finetune']
 
@@ -133,6 +133,7 @@ def run_finetune(
     scheduler = AssignmentScheduler(network, total=max(1, epochs * len(train)))
     criterion, _ = make_criterion(nn.CrossEntropyLoss(), options, heads_of(network)[0])
     try:
+        set_mode(network, plan)  # which prime looks at
         primed = prime(network, loader(files.train), scheduler) if pretrained else None
         best, history = _keep_best(fine_tune(network, scheduler, criterion, train, loader(files.validation), plan),
                                    network, save, patience)

@@ -15,7 +15,7 @@ from ..head import heads_of
 from ..scheduling import AssignmentScheduler
 from .backbone import keep_statistics
 
-__all__ = ['Best', 'Epoch', 'Evaluation', 'Plan', 'evaluate', 'fine_tune', 'make_loader']
+__all__ = ['Best', 'Epoch', 'Evaluation', 'Plan', 'evaluate', 'fine_tune', 'make_loader', 'set_mode']
 
 _WEIGHT_DECAY = 0.05
 
@@ -164,7 +164,7 @@ def fine_tune(
     device = heads_of(model)[0].prototypes.device
     for number in range(1, plan.epochs + 1):
         began = time.perf_counter()
-        _set_mode(model, plan)
+        set_mode(model, plan)
         total = torch.zeros((), device=device)
         for images, labels in tqdm(train, f'epoch {number} of {plan.epochs}', unit='batch', leave=False):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -183,7 +183,8 @@ def fine_tune(
         yield Epoch(number, train_loss, evaluate(model, validation), time.perf_counter() - began)
 
 
-def _set_mode(model: nn.Module, plan: Plan) -> None:
+def set_mode(model: nn.Module, plan: Plan) -> None:
+    """Put a model in the mode in which it is trained."""
     model.train(not plan.freeze)
     for head in heads_of(model):
         head.train()
