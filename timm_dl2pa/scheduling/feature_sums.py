@@ -2,8 +2,9 @@
 import math
 
 import torch
+import torch.distributed as dist
 
-from ..distributed import add_over_ranks, rank
+from ..distributed import add_over_ranks, is_distributed, rank
 from ..head import DL2PAHead
 from .targets import check_values, samples_that_count, shares_of
 
@@ -19,7 +20,7 @@ _STATE = ('counts', 'sums', 'squares', 'tally', 'samples', 'labels', 'seen')
 class FeatureSums:
     """Sums of a head's features (B, F), for each class and over all samples, and a random sample of the features.
 
-    The memory is O(F^2 + C F). In a distributed run each process sums its own; the sample that counts is rank 0's.
+    The memory is O(F^2 + C F). In a distributed run each process has its own, until `gather`.
 
     Args:
         head: Whose features they are.
@@ -100,8 +101,19 @@ class FeatureSums:
             self.samples[place[row]], self.labels[place[row]] = features[row], labels[row]
 
     def gather(self) -> None:
-        """Add up the processes' sums."""
+        """Add up the processes' sums, and put their samples together. Every process must call it."""
         add_over_ranks(self.counts, self.sums, self.squares, self.tally)
+        if not is_distributed():
+            return
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.labels.device)
+        sizes[rank()] = len(self.labels)
+        add_over_ranks(sizes)
+        places = (len(sizes), int(sizes.max()))
+        samples, labels = self.samples.new_zeros(*places, self.samples.shape[1]), self.labels.new_zeros(places)
+        samples[rank(), :len(self.labels)], labels[rank(), :len(self.labels)] = self.samples, self.labels
+        add_over_ranks(samples, labels)
+        taken = torch.arange(places[1], device=sizes.device) < sizes.unsqueeze(1)
+        self.samples, self.labels = samples[taken], labels[taken]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return sums and sample, as copies on the CPU."""
