@@ -382,11 +382,13 @@ def finetune_frozen() -> str:
 
 def finetune_trained() -> str:
     """Top-1 of full fine-tuning, with and without the batch norms' statistics."""
-    def columns(backbone: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda row: row['top1'] if row['backbone'] == backbone else None
+    def column(backbone: str, epochs: int, rate: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: _after(epochs, rate)(row) if row['backbone'] == backbone else None
     return _finetuned({'before training': lambda row: row['before']['top1'],
-                       '1 epoch, statistics kept': columns('trained_but_batch_norm'),
-                       '1 epoch, statistics trained': columns('trained')}, lambda row: row['backbone'] != 'frozen')
+                       'statistics kept, 1 epoch at 1e-4': column('trained_but_batch_norm', 1, 'adamw:0.0001'),
+                       'kept, 5 epochs at 3e-4': column('trained_but_batch_norm', 5, 'adamw:0.0003'),
+                       'statistics trained, 1 epoch at 1e-4': column('trained', 1, 'adamw:0.0001')},
+                      lambda row: row['backbone'] != 'frozen')
 
 
 # Those of the page on fine-tuning.
