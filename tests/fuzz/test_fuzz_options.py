@@ -129,8 +129,8 @@ def test_command_lines(tmp_path, capsys):
             main(['run', *words])
         except SystemExit as stopped:
             assert stopped.code in (0, 2, None)
-        except (ValueError, TypeError, RecursionError, MemoryError) as error:
-            # timm's own reading of --model-kwargs, in the script.
+        except (ValueError, TypeError, RecursionError, MemoryError, SyntaxError) as error:
+            # timm's own reading of --model-kwargs, in the script (before 1.0.31 with a SyntaxError).
             frames, trace = [], error.__traceback__
             while trace is not None:
                 frames.append(trace.tb_frame.f_code.co_filename)

@@ -169,7 +169,8 @@ def test_reparameterization_leaves_the_heads_alone(name, kwargs):
     expected = model(images())
     fused = [reparameterize_model(model), reparameterize_model(pickle.loads(pickle.dumps(model)))]
     if hasattr(model, 'fuse'):
-        fused.append(copy.deepcopy(model).fuse())
+        twin = copy.deepcopy(model)
+        fused.append(twin.fuse() or twin)  # before 1.0.31, timm's returns nothing
     for each in fused:
         assert len(list(each.modules())) < len(list(model.modules()))
         assert torch.allclose(each(images()), expected, atol=1e-4)

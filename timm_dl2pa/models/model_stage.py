@@ -102,6 +102,11 @@ def _write_config(
     arguments = {name: value for name, value in (config.get('model_args') or {}).items()
                  if name in options or not name.startswith(PREFIX)}
     config['model_args'] = arguments
+    # The names of the classes that the weights once had: before 1.0.31, timm writes them again.
+    for name in ('label_names', 'label_descriptions'):
+        config.get('pretrained_cfg', {}).pop(name, None)
+        if not label_names:
+            config.pop(name, None)
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     return config
 
