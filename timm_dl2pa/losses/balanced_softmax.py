@@ -1,16 +1,13 @@
 """BalancedSoftmaxLoss: cross-entropy that allows for the frequencies of the classes."""
 import torch
-import torch.nn as nn
 
-from ..head import plain_tensor
-from ..values import whole_number
-from .class_weights import ClassWeights
-from .targets import check_reduction, checked_targets, counted, reduced
+from .targets import counted
+from .weighted_cross_entropy import WeightedCrossEntropyLoss
 
 __all__ = ['BalancedSoftmaxLoss']
 
 
-class BalancedSoftmaxLoss(nn.Module):
+class BalancedSoftmaxLoss(WeightedCrossEntropyLoss):
     """Computes the cross-entropy of `logits_c + log n_c`, with the number n_c of samples of class c, for long tails.
 
     (Balanced softmax, Ren et al., NeurIPS 2020; logit adjustment, Menon et al., ICLR 2021.) The term tells the softmax
@@ -49,41 +46,21 @@ class BalancedSoftmaxLoss(nn.Module):
             class_weights: torch.Tensor | str | None = None,
             ignore_index: int = -100,
     ):
-        super().__init__()
-        num_classes = whole_number('num_classes', num_classes, least=1)
+        super().__init__(num_classes, class_weights, ignore_index=ignore_index, reduction=reduction)
         self.counting = class_counts is None
-        counts = torch.as_tensor([1.0] * num_classes if class_counts is None else class_counts).float()
-        if counts.shape != (num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
-            raise ValueError(f'class_counts must be {num_classes} positive numbers: count a class without samples as '
-                             f'1.')
-        self.reduction = check_reduction(reduction)
-        self.ignore_index = whole_number('ignore_index', ignore_index)
-        self.class_weights = ClassWeights(num_classes, class_weights, self.ignore_index)
+        counts = torch.as_tensor([1.0] * self.num_classes if class_counts is None else class_counts).float()
+        if counts.shape != (self.num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
+            raise ValueError(f'class_counts must be {self.num_classes} positive numbers: count a class without samples '
+                             f'as 1.')
         self.register_buffer('class_counts', counts.clone())
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss, float32: () or, with reduction 'none', (B,).
-
-        Args:
-            logits: (B, C).
-            targets: Class indices (B,), or soft targets (B, C).
-
-        Raises:
-            ValueError: The shapes or dtypes do not fit.
-        """
-        logits = plain_tensor(logits)
-        classes = len(self.class_counts)
-        if logits.ndim != 2 or logits.shape[1] != classes:
-            raise ValueError(f'logits must be (B, {classes}), not {tuple(logits.shape)}.')
-        targets = checked_targets(targets, logits, classes)
+    def _adjusted(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Count the targets, and return `logits_c + log n_c`."""
         if self.class_counts.device != logits.device:
             self.to(logits.device)
-        weights = self.class_weights(targets)
         if self.counting and torch.is_grad_enabled():
             self.class_counts = counted(self.class_counts, targets, self.ignore_index)
-        losses = nn.functional.cross_entropy(logits.float() + self.class_counts.log(), targets, weight=weights,
-                                             ignore_index=self.ignore_index, reduction='none')
-        return reduced(losses, targets, self.reduction, weights, self.ignore_index)
+        return logits + self.class_counts.log()
 
     def extra_repr(self) -> str:
-        return f'num_classes={len(self.class_counts)}, reduction={self.reduction!r}'
+        return f'num_classes={self.num_classes}, reduction={self.reduction!r}'

@@ -61,9 +61,14 @@ class WeightedCrossEntropyLoss(nn.Module):
             raise ValueError(f'logits must be (B, {self.num_classes}), not {tuple(logits.shape)}.')
         targets = checked_targets(targets, logits, self.num_classes)
         weights = self.class_weights(targets)
-        losses = nn.functional.cross_entropy(logits.float(), targets, weight=weights, ignore_index=self.ignore_index,
+        logits = self._adjusted(logits.float(), targets)
+        losses = nn.functional.cross_entropy(logits, targets, weight=weights, ignore_index=self.ignore_index,
                                              label_smoothing=self.label_smoothing, reduction='none')
         return reduced(losses, targets, self.reduction, weights, self.ignore_index)
+
+    def _adjusted(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, C), float32, whose cross-entropy it is, for checked targets."""
+        return logits
 
     def extra_repr(self) -> str:
         return f'label_smoothing={self.label_smoothing:g}, reduction={self.reduction!r}'

@@ -141,10 +141,8 @@ def _left_out(whitened: torch.Tensor, means: torch.Tensor, labels: torch.Tensor,
         shrinkage: See `Discriminant`.
     """
     own = (torch.arange(len(labels)), labels)
-    with_means, between = whitened @ means.t(), means @ means.t() if len(means) <= len(labels) else None
+    with_means, own_with_means = whitened @ means.t(), means[labels] @ means.t()
     lengths = means.square().sum(dim=1)
-    own_means = means[labels]
-    own_with_means = between[labels] if between is not None else own_means @ means.t()
     rest = counts[labels] - 1
     size = whitened.square().sum(dim=1)
     along = size - with_means[own]  # <x, r>

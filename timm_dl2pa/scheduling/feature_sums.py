@@ -71,17 +71,15 @@ class FeatureSums:
         targets = targets.to(features.device).repeat_interleave(patches, dim=0)
         features, targets, tally = samples_that_count(features, targets, self.ignore_index)
         self.tally += tally
-        main_share, label = torch.zeros(len(features), device=features.device), None
-        for labels, share in shares_of(targets, self.num_classes):
-            if label is None:
-                main_share, label = share.squeeze(1), labels
+        shares = list(shares_of(targets, self.num_classes))
+        for labels, share in shares:
             share = share.to(features)
             self.counts.index_add_(0, labels, share.squeeze(1))
             self.sums.index_add_(0, labels, share * features)
         self.squares += features.t() @ features
-        if label is not None:
-            whole = main_share > 0.999  # mixed images have no label of their own
-            self._keep(features[whole].float(), label[whole])
+        labels, share = shares[0]
+        whole = share.squeeze(1) > 0.999  # mixed images have no label of their own
+        self._keep(features[whole].float(), labels[whole])
 
     def _keep(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Fold samples into the uniform sample: of every `seen` samples each is kept with the same probability."""

@@ -135,8 +135,8 @@ def _spread(targets: torch.Tensor) -> torch.Tensor:
     points = torch.where(known, targets, drawn).float()
     targets = targets.float()
     for step in range(_SPREAD_STEPS):
-        others = torch.arange(min(len(points), _SPREAD_BLOCK)) + step * _SPREAD_BLOCK * (len(points) > _SPREAD_BLOCK)
-        push = 0.5 * _SPREAD * len(points) * _energy_gradient(points, others % len(points))
+        others = (torch.arange(min(len(points), _SPREAD_BLOCK)) + step * _SPREAD_BLOCK) % len(points)
+        push = 0.5 * _SPREAD * len(points) * _energy_gradient(points, others)
         pull = torch.where(known, targets - points, 0.0)
         points = F.normalize(points + _SPREAD_RATE * (pull - push), dim=1)
     return points.double()
@@ -177,16 +177,13 @@ def held_out(discriminant: Discriminant, priming: Priming, weight: torch.Tensor)
     Each sample is left out of the scores, and of the prototype of its class if that was placed. It stays in the spread
     and in the choice of directions: in few dimensions the accuracy is some points too high.
     """
-    if not len(discriminant.labels):
-        return 0.0, best_scale(discriminant.scores, discriminant.labels)[0]
     embeddings = F.normalize(discriminant.scores @ weight.t().float(), dim=1)
     prototypes, labels = priming.class_prototypes.float(), discriminant.labels
     cosines = embeddings @ prototypes.t()
     if priming.is_placed:
         own = F.normalize(prototypes[labels] + discriminant.shifts @ weight.t().float(), dim=1)
         cosines[torch.arange(len(labels)), labels] = (embeddings * own).sum(dim=1)
-    accuracy = float((cosines.argmax(dim=1) == discriminant.labels).float().mean())
-    return accuracy, best_scale(cosines, discriminant.labels)[0]
+    return _accuracy_and_scale(cosines, labels)
 
 
 def held_out_features(priming: Priming, moments: Moments, samples: torch.Tensor, labels: torch.Tensor
@@ -197,12 +194,15 @@ def held_out_features(priming: Priming, moments: Moments, samples: torch.Tensor,
     """
     rest = moments.counts[labels] - 1
     samples, labels, rest = samples[rest > 0.5].double(), labels[rest > 0.5], rest[rest > 0.5]
-    if not len(labels):
-        return 0.0, best_scale(samples, labels)[0]
     prototypes, means = priming.class_prototypes, moments.means + moments.centre
     embeddings = F.normalize(samples, dim=1)
     cosines = embeddings @ prototypes.t()
     if priming.is_placed:
         own = F.normalize(means[labels] - (samples - means[labels]) / rest.unsqueeze(1), dim=1)
         cosines[torch.arange(len(labels)), labels] = (embeddings * own).sum(dim=1)
-    return float((cosines.argmax(dim=1) == labels).double().mean()), best_scale(cosines.float(), labels)[0]
+    return _accuracy_and_scale(cosines.float(), labels)
+
+
+def _accuracy_and_scale(cosines: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    right = (cosines.argmax(dim=1) == labels).sum()
+    return float(right) / max(len(labels), 1), best_scale(cosines, labels)[0]

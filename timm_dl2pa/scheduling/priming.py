@@ -19,18 +19,12 @@ from .batches import split_batch, to_model
 from .discriminant import Moments, fit_discriminant
 from .feature_sums import FeatureSums
 from .neck_fit import NeckMap, check_neck, refuse_sharded, write_neck
-from .prime_fit import (
-    Priming,
-    embedding_map,
-    held_out,
-    held_out_features,
-    place_at_means,
-    place_prototypes,
-)
+from .prime_fit import Priming, embedding_map, held_out, held_out_features, place_at_means, place_prototypes
 from .scheduler import AssignmentScheduler
 from .targets import IGNORED
 
 __all__ = ['Primer', 'prime']
+
 
 class Primer:
     """Gathers the features of a model's heads batch by batch, then sets the heads by them: `prime` in two steps.

@@ -113,9 +113,8 @@ class AssignmentScheduler:
 
         Costs O(B d), and a pass over soft targets. Values of targets are checked in the first batch, on the CPU and in
         one process in each; later labels out of range are found by the re-solve. Apart from the first batch and a
-        re-solve it never waits for the device. Samples whose
-        embedding or targets are not finite, as where a mixed-precision training skips a batch, are left out and
-        counted (`AssignmentUpdate.left_out`).
+        re-solve it never waits for the device. Samples whose embedding or targets are not finite, as where a
+        mixed-precision training skips a batch, are left out and counted (`AssignmentUpdate.left_out`).
 
         Args:
             targets: The batch's class indices (B,), where `ignore_index` marks samples to leave out; or soft targets

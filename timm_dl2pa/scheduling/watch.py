@@ -20,7 +20,6 @@ class LoopWatch:
     def __init__(self, needs_epochs: bool):
         self.needs_epochs = needs_epochs
         self._epochs_told = False
-        self._stepped = False
         self._signs = 0
         self._batches = 0
         self._since_sign = 0
@@ -31,7 +30,7 @@ class LoopWatch:
     def on_forward(self) -> None:
         """Note a forward in training mode."""
         self._forwards += 1
-        if not self._stepped and self._forwards == _MANY_FORWARDS:
+        if not self._batches and self._forwards == _MANY_FORWARDS:
             self._warn_of_steps()
 
     def on_drop(self) -> None:
@@ -42,7 +41,6 @@ class LoopWatch:
         """Note a batch of `size` samples that was folded in."""
         if size > self._last_size and self._since_sign:
             self._note_sign()
-        self._stepped = True
         self._last_size = size
         self._batches += 1
         self._since_sign += 1
@@ -55,9 +53,9 @@ class LoopWatch:
 
     def on_mode(self, training: bool) -> None:
         """Note a change of mode, or its repetition."""
-        if self._stepped and self._since_sign:
+        if self._since_sign:
             self._note_sign()
-        elif not self._stepped and self._forwards > 1:
+        elif not self._batches and self._forwards > 1:
             self._signs += 1
             if self._signs == _SIGNS:
                 self._warn_of_steps()

@@ -27,19 +27,19 @@ def make_criterion(criterion: nn.Module, options: PluginOptions, head: DL2PAHead
     Raises:
         ValueError: The criterion is none that may be replaced, or that takes class weights.
     """
-    weights = {'class_weights': options.class_weights} if options.class_weights else {}
+    weights = options.class_weights
     weighted = ', classes weighted by their frequency' if weights else ''
     name = getattr(criterion, '__name__', type(criterion).__name__)
     if options.loss == 'criterion':
         remark = f' ({name}{weighted})'
-        return (_weighted(criterion, head, options.class_weights) if weights else criterion), remark
+        return (_weighted(criterion, head, weights) if weights else criterion), remark
     if isinstance(criterion, (BinaryCrossEntropy, JsdCrossEntropy)):
         raise ValueError(f'dl2pa_loss={options.loss} replaces the criterion, here {name}: leave out either it or '
                          f'--bce-loss / --jsd-loss.')
     remark = f' (in place of {name}{weighted})'
     if options.loss == 'balanced_softmax':
-        return BalancedSoftmaxLoss(head.num_classes, **weights).to(head.prototypes.device), remark
-    return PROTOTYPE_LOSSES[options.loss](head, **options.loss_arguments(), **weights), remark
+        return BalancedSoftmaxLoss(head.num_classes, class_weights=weights).to(head.prototypes.device), remark
+    return PROTOTYPE_LOSSES[options.loss](head, **options.loss_arguments(), class_weights=weights), remark
 
 
 def _weighted(criterion: nn.Module, head: DL2PAHead, class_weights: str) -> nn.Module:
