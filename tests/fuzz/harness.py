@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any
 
-SECONDS = float(os.environ.get('TIMM_DL2PA_FUZZ_SECONDS', 3))
+SECONDS = float(os.environ.get('TIMM_DL2PA_FUZZ_SECONDS', 4))
 FIRST_SEED = int(os.environ.get('TIMM_DL2PA_FUZZ_SEED', 0))
 CASE_LIMIT = 60  # seconds; a loaded machine may take many times what an idle one takes
 
@@ -59,16 +59,26 @@ def fuzz(
     Returns:
         The number of cases.
     """
+    def try_one(random: Random) -> None:
+        case = make_case(random)
+        with suppress(*errors), nothing_executed(), _time_limit(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            target(case)
+
+    return search(try_one, seconds)
+
+
+def search(try_one: Callable[[Random], Any], seconds: float = SECONDS) -> int:
+    """Call `try_one(random)` with one seed after the other until the time is over, and return how often.
+
+    Raises:
+        AssertionError: It raised something; the seed is named.
+    """
     end, seed = time.monotonic() + seconds, FIRST_SEED
     while time.monotonic() < end or seed == FIRST_SEED:
-        case = make_case(Random(seed))
         try:
-            with nothing_executed(), _time_limit(), warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                target(case)
-        except errors:
-            pass
-        except Exception as error:
+            try_one(Random(seed))
+        except BaseException as error:
             raise AssertionError(f'seed {seed} (TIMM_DL2PA_FUZZ_SEED): {type(error).__name__}: {error}') from error
         seed += 1
     return seed - FIRST_SEED

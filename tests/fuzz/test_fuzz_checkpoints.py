@@ -1,17 +1,14 @@
 """Checkpoints with random faults: only documented errors come out, nothing is executed, and nothing has no end.
 
-It takes `DL2PA_FUZZ_SECONDS` (default: 4) a kind of fault. A failure names its seed and the number of its case, which
-`DL2PA_FUZZ_SEED` and `DL2PA_FUZZ_CASE` repeat, and leaves the file.
+A failure leaves the file.
 """
 import argparse
 import io
 import math
 import os
 import pickle
-import random
 import signal
 import struct
-import time
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -20,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.fuzz.harness import search
 from tests.helpers.stand_in import make_model
 from timm_dl2pa import AssignmentUpdate
 from timm_dl2pa.timm_scripts import plugged_in
@@ -29,9 +27,6 @@ from timm_dl2pa.timm_scripts.record import class_means_of, metrics_of, read_trai
 
 pytestmark = [pytest.mark.timm, pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
-SECONDS = float(os.environ.get('DL2PA_FUZZ_SECONDS', 4))
-SEED = int(os.environ.get('DL2PA_FUZZ_SEED', 0))
-CASE = os.environ.get('DL2PA_FUZZ_CASE')
 LIMIT = 20  # seconds of the processor that one file may take
 UPDATE = asdict(AssignmentUpdate(step=4, epoch=1, moved=2, objective_before=1.0, objective=2.0, seconds=0.1))
 
@@ -98,20 +93,15 @@ def record_of(path):
     metrics_of(read_training(checkpoint), checkpoint, use_ema=False)
 
 
-def search(tmp_path, read, make, suffix):
+def search_files(tmp_path, read, make, suffix):
     """Read files that `make(random)` returns, until the time is over."""
-    end, case = time.monotonic() + SECONDS, int(CASE or 0)
-    while time.monotonic() < end:
-        path = tmp_path / f'case{suffix}'
-        path.write_bytes(make(random.Random(f'{SEED} {case}')))
-        try:
-            read(path)
-        except BaseException as error:
-            raise AssertionError(f'DL2PA_FUZZ_SEED={SEED} DL2PA_FUZZ_CASE={case}: {path}') from error
-        if CASE is not None:
-            break
-        case += 1
-    assert case > 3 or CASE is not None
+    path = tmp_path / f'case{suffix}'
+
+    def try_one(rng):
+        path.write_bytes(make(rng))
+        read(path)
+
+    assert search(try_one) > 3
 
 
 class Executed:
@@ -224,7 +214,7 @@ def test_trees_with_strange_entries(tmp_path, read):
             with suppress(pickle.PicklingError, RuntimeError, RecursionError, UnicodeEncodeError):
                 return saved(checkpoint)
 
-    search(tmp_path, read, make, '.pth.tar')
+    search_files(tmp_path, read, make, '.pth.tar')
 
 
 @pytest.mark.parametrize('new_format', [True, False], ids=['zip', 'legacy'])
@@ -236,14 +226,14 @@ def test_damaged_pickles(tmp_path, read, new_format):
             return with_pickle(good, lambda part: damaged(part, rng))
         return damaged(good, rng)
 
-    search(tmp_path, read, make, '.pth.tar')
+    search_files(tmp_path, read, make, '.pth.tar')
 
 
 def test_damaged_safetensors(tmp_path, read):
     good = save({name: value.contiguous() for name, value in good_checkpoint()['state_dict'].items()})
-    search(tmp_path, read, lambda rng: damaged(good, rng), '.safetensors')
+    search_files(tmp_path, read, lambda rng: damaged(good, rng), '.safetensors')
 
 
 def test_noise(tmp_path, read):
     beginnings = [b'', b'PK\x03\x04', b'\x80\x02}q\x00', b'\x80\x04\x95', b'{"a":', struct.pack('<Q', 40) + b'{"x":{']
-    search(tmp_path, read, lambda rng: rng.choice(beginnings) + rng.randbytes(rng.choice([0, 10, 1000])), '.pth')
+    search_files(tmp_path, read, lambda rng: rng.choice(beginnings) + rng.randbytes(rng.choice([0, 10, 1000])), '.pth')

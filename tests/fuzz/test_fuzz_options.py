@@ -1,12 +1,5 @@
-"""Options with random values: an error names the option, and what is accepted makes a model and a task.
-
-It takes `DL2PA_FUZZ_SECONDS` (default: 4) a door. A failure names its seed and the number of its case, which
-`DL2PA_FUZZ_SEED` and `DL2PA_FUZZ_CASE` repeat.
-"""
+"""Options with random values: an error names the option, and what is accepted makes a model and a task."""
 import math
-import os
-import random
-import time
 from dataclasses import fields
 
 import numpy as np
@@ -14,6 +7,7 @@ import pytest
 import torch
 from timm.task import ClassificationTask
 
+from tests.fuzz.harness import search
 from tests.helpers.stand_in import make_model
 from timm_dl2pa.cli import main
 from timm_dl2pa.options import PREFIX, PluginOptions
@@ -22,9 +16,6 @@ from timm_dl2pa.timm_scripts.creation import check_times
 
 pytestmark = [pytest.mark.timm, pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
-SECONDS = float(os.environ.get('DL2PA_FUZZ_SECONDS', 4))
-SEED = int(os.environ.get('DL2PA_FUZZ_SEED', 0))
-CASE = os.environ.get('DL2PA_FUZZ_CASE')
 OPTIONS = {PREFIX + spec.name: spec for spec in fields(PluginOptions)}
 
 TEXTS = ['', 'none', 'None', 'auto', 'epoch', 'half', 'inf', 'nan', '1e3', '3', ' 3 ', '5 epochs', '0 epochs', '30 %',
@@ -43,20 +34,6 @@ def values():
             torch.tensor([3, 4]), torch.tensor(math.nan), int, range]
 
 
-def search(try_one):
-    """Call `try_one(random)` until the time is over."""
-    end, case = time.monotonic() + SECONDS, int(CASE or 0)
-    while time.monotonic() < end:
-        try:
-            try_one(random.Random(f'{SEED} {case}'))
-        except BaseException as error:
-            raise AssertionError(f'DL2PA_FUZZ_SEED={SEED} DL2PA_FUZZ_CASE={case}') from error
-        if CASE is not None:
-            break
-        case += 1
-    assert case > 3 or CASE is not None
-
-
 def test_an_error_names_the_option():
     pool = values()
 
@@ -67,7 +44,7 @@ def test_an_error_names_the_option():
         except ValueError as error:
             assert name in str(error) and len(str(error)) < 1000
 
-    search(try_one)
+    assert search(try_one) > 3
 
 
 def test_what_is_accepted_makes_a_model_and_a_task():
@@ -91,7 +68,7 @@ def test_what_is_accepted_makes_a_model_and_a_task():
             assert len(str(error)) < 1000
 
     with plugged_in():
-        search(try_one)
+        assert search(try_one) > 3
 
 
 SCRIPT = '''
@@ -138,4 +115,4 @@ def test_command_lines(tmp_path, capsys):
             assert str(script) in frames, words
         assert 'Traceback' not in capsys.readouterr().err
 
-    search(try_one)
+    assert search(try_one) > 3

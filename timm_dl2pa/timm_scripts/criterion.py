@@ -10,7 +10,7 @@ __all__ = ['OUR_LOSSES', 'PROTOTYPE_LOSSES', 'make_criterion']
 
 # Those that take embeddings too.
 PROTOTYPE_LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}
-OUR_LOSSES = (*PROTOTYPE_LOSSES.values(), BalancedSoftmaxLoss, WeightedCrossEntropyLoss)
+OUR_LOSSES = (*PROTOTYPE_LOSSES.values(), WeightedCrossEntropyLoss)  # balanced softmax is one of the latter
 
 
 def make_criterion(criterion: nn.Module, options: PluginOptions, head: DL2PAHead) -> tuple[nn.Module, str]:
