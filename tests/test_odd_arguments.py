@@ -74,7 +74,7 @@ def test_whole_numbers(name):
 def test_real_numbers(name):
     for value in (0.5, np.float32(0.5), torch.tensor(0.5)):
         REAL[name](value)
-    for value in ('x', math.nan, True, [0.5], -1, torch.ones(7), *(() if name in MAY_BE_NONE else (None,))):
+    for value in ('x', math.nan, True, [0.5], -1, 10 ** 400, torch.ones(7), *(() if name in MAY_BE_NONE else (None,))):
         with pytest.raises(ValueError, match=f'^{name}'):
             REAL[name](value)
 
@@ -132,3 +132,5 @@ def test_a_range_is_named_with_the_remedy():
         whole_number('count', 4, 1, 3, remedy='Take less.')
     with pytest.raises(ValueError, match=r'^share must be at most 0\.5, not 1\.'):
         real_number('share', 1, most=0.5)
+    with pytest.raises(ValueError, match=r'^count must be at most 3, not 1000'):
+        whole_number('count', 10 ** 5000, most=3)

@@ -82,10 +82,14 @@ def real_number(name: str, value: Any, least: float | None = None, most: float |
                 ) -> float:
     """Return a number of Python, numpy or torch that is not NaN as a float. See `whole_number`."""
     number = plain_value(value)
-    if not is_kind(number, (int, float)) or math.isnan(number):
+    try:
+        found = float(number) if is_kind(number, (int, float)) else math.nan
+    except OverflowError:  # an integer beyond the largest float
+        found = math.nan
+    if math.isnan(found):
         raise ValueError(f'{name} must be a number, not {shown(value)}.{remedy and " " + remedy}')
     _check_range(name, number, least, most, remedy)
-    return float(number)
+    return found
 
 
 def _check_range(name: str, number: float, least: float | None, most: float | None, remedy: str) -> None:
@@ -93,4 +97,4 @@ def _check_range(name: str, number: float, least: float | None, most: float | No
         return
     bounds = f'from {least} to {most}' if None not in (least, most) else \
         f'at least {least}' if least is not None else f'at most {most}'
-    raise ValueError(f'{name} must be {bounds}, not {number}.{remedy and " " + remedy}')
+    raise ValueError(f'{name} must be {bounds}, not {shown(number)}.{remedy and " " + remedy}')
