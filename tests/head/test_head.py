@@ -364,7 +364,6 @@ def test_own_prototypes(make_head):
     (dict(scale=0), 'scale must be between'),
     (dict(scale=math.inf), 'scale must be between'),
     (dict(train_output='both'), 'train_output must be one of'),
-    (dict(learn_scale=True, train_output='embeddings'), 'embeddings give the scale'),
     (dict(prototypes=torch.eye(4)), '7 classes need as many prototypes'),
     (dict(prototypes=torch.ones(7, 4)), 'unit rows'),
     (dict(prototypes=make_prototypes(7, 5)), 'prototypes have 5 dimensions, but dim=4'),

@@ -116,8 +116,6 @@ class DL2PAConfig:
             raise ValueError(f'train_output must be one of {", ".join(TRAIN_OUTPUTS)}, not {self.train_output!r}.')
         if self.learn_scale is None:
             self._set('learn_scale', recipe.learn_scale and self.scale is None and self.train_output == 'logits')
-        if self.learn_scale and self.train_output == 'embeddings':
-            raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
         if self.scale is None:
             self._set('scale', LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes))
         check_scale(self.scale)

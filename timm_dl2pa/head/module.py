@@ -60,7 +60,7 @@ class DL2PAHead(SavedModule, nn.Module):
             learns much better than a fixed scale: a large scale asks a young network for probabilities near one, which
             unit embeddings in few dimensions cannot give. Default: the recipe's, where no scale is given.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
-            then made in evaluation mode only.
+            then made in evaluation mode only. A learned scale needs a `SampledCrossEntropyLoss` then.
         seed: Seed of the prototypes, and of a random first assignment. The neck's weights are drawn as PyTorch draws
             those of any layer.
         device: Where parameters and buffers are made.
@@ -258,6 +258,17 @@ class DL2PAHead(SavedModule, nn.Module):
             if self.training and self.training_view.class_vectors is not None:
                 vectors = self.training_view.class_vectors
             return numerics.cosines(embeddings, vectors)
+
+    def vectors_of(self, classes: torch.Tensor) -> torch.Tensor:
+        """Return the class vectors (n, d), float32, that `cosines` uses of some classes (n,) int64, without the others.
+
+        Raises:
+            IndexError, RuntimeError: On the CPU, a class is below 0 or above C - 1.
+        """
+        if self.training and self.training_view.class_vectors is not None:
+            return self.training_view.class_vectors.index_select(0, classes)
+        # gather refuses negative numbers, which brackets would take.
+        return self.prototypes[self.assignment.gather(0, classes)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
