@@ -134,6 +134,15 @@ def test_compiles_and_goes_on_to_new_samples():
     assert len(set(map(float, values))) == 4
 
 
+def test_the_learned_scale_takes_part_in_the_forward():
+    """DistributedDataParallel with find_unused_parameters=True refuses a parameter that the loss alone uses."""
+    head, x = setting()
+    output = head(x)
+    assert torch.equal(output, head.embed(x))
+    output.sum().backward()
+    assert head.log_scale.grad.item() == 0
+
+
 def test_it_resumes_and_is_copied_with_its_head():
     head, x = setting()
     criterion = SampledCrossEntropyLoss(head, 10)

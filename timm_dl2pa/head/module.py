@@ -289,6 +289,9 @@ class DL2PAHead(SavedModule, nn.Module):
             scale = self.current_scale()
             if self.training and self.train_output == 'embeddings':
                 out = embeddings
+                if self.config.learn_scale:
+                    # The loss multiplies by it. DistributedDataParallel looks for parameters in use behind the output.
+                    out = embeddings + 0.0 * scale
             else:
                 out = self.cosines(embeddings) * scale
             if self.channels_first:
