@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from ..assignment import check_assignment
 from ..files.saving import SavedModule
-from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
+from ..prototypes import check_prototypes, load_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
 from ..values import checked_value
 from . import numerics
@@ -49,8 +49,10 @@ class DL2PAHead(SavedModule, nn.Module):
         num_classes: C, at least 2.
         dim: d, which may be far smaller than C.
         num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
-        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default:
-            `make_prototypes(num_prototypes, dim, seed=seed)`.
+        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default: the
+            best set that about two seconds give, `make_prototypes(num_prototypes, dim, method='quick', seed=seed)`. Up
+            to some hundred classes nothing is better; beyond, `make_prototypes(num_prototypes, dim, progress=True)` is
+            a little more even, after half a minute or (with `effort`) more.
         recipe: 'placed', 'even' or 'paper': sets neck, scale and the first assignment, and what an
             `AssignmentScheduler` does (`timm_dl2pa.recipes.RECIPES`).
         neck: 'linear', 'linear_bn' (batch norm after it), or 'none', which needs `dim == in_features`. Default: the
@@ -129,8 +131,9 @@ class DL2PAHead(SavedModule, nn.Module):
             own_prototypes=prototypes is not None,
             recipe=recipe,
         )
-        if prototypes is None:
-            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=self.config.seed)
+        given = prototypes is not None
+        if not given:
+            prototypes = self.config.first_prototypes()
 
         device = torch.empty(0, device=device).device  # the default device where none is given
         self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
@@ -138,7 +141,7 @@ class DL2PAHead(SavedModule, nn.Module):
             self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
         else:
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
-        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
+        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=given))
         self.register_buffer('assignment', self._first_assignment(device))
         self.register_buffer('averaged_assignment', self.assignment.float(), persistent=False)
         self._stamps = buffer_stamps(self)
