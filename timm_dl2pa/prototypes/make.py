@@ -42,7 +42,7 @@ class _Limits:
 
 _AUTO = _Limits(effort=1.0, evaluations=MIN_EVALUATIONS, comparison=10 ** 11, cross_polytopes=10 ** 11)
 # About two seconds on one core. From 30 evaluations on, random points become more even than those of a code.
-_QUICK = _Limits(effort=1 / 16, evaluations=30, comparison=10 ** 9, cross_polytopes=2 * 10 ** 9)
+_QUICK = _Limits(effort=1 / 20, evaluations=30, comparison=10 ** 9, cross_polytopes=2 * 10 ** 9)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_prototypes(
             of the best code and 'optimise', if the budget allows 'optimise' 100 evaluations of its objective. For
             larger sets the best code (for 'uniform' only if it is no worse than cross-polytopes), or cross-polytopes
             if no code is large enough.
-        'quick': As 'auto', with a sixteenth of its work: about two seconds on one core at any size that has up to 10^8
+        'quick': As 'auto', with a twentieth of its work: about two seconds on one core at any size that has up to 10^8
             numbers. A new head begins with such a set.
 
     On one machine, with a fixed number of threads, the result depends on the arguments alone; elsewhere rounding may
