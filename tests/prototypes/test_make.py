@@ -164,7 +164,7 @@ def test_check_prototypes_names_the_row():
 @pytest.fixture
 def small_budget(monkeypatch):
     """A work budget that sizes of some hundred points exceed, as those of a thousand exceed the real one."""
-    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 2 * 10 ** 9)
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 24 * 10 ** 8)
 
 
 @pytest.fixture
