@@ -345,8 +345,8 @@ def test_config_rebuilds_the_head(make_head):
 
 @pytest.mark.parametrize('recipe', ['placed', 'even', 'paper'])
 def test_a_head_is_made_at_once_and_again_from_its_config(make_head, monkeypatch, recipe):
-    """Where the whole work budget takes long, with a twentieth of it; cached or not."""
-    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 24 * 10 ** 8)
+    """Where the whole work budget takes long, with a sixteenth of it."""
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 2 * 10 ** 9)
     options = dict(num_classes=200, dim=12, recipe=recipe, seed=2, scale=9.0)
     points = make_prototypes(200, 12, method='quick', seed=2)
     head = make_head(**options)

@@ -164,7 +164,7 @@ def test_check_prototypes_names_the_row():
 @pytest.fixture
 def small_budget(monkeypatch):
     """A work budget that sizes of some hundred points exceed, as those of a thousand exceed the real one."""
-    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 24 * 10 ** 8)
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 2 * 10 ** 9)
 
 
 @pytest.fixture
@@ -180,15 +180,15 @@ def test_quick_is_the_best_there_is_where_little_work_is_enough(size):
     assert torch.equal(make_prototypes(*size, method='quick', seed=3), make_prototypes(*size, seed=3))
 
 
-def test_quick_keeps_to_a_twentieth_of_the_work(small_budget, evaluations):
+def test_quick_keeps_to_a_sixteenth_of_the_work(small_budget, evaluations):
     quick, info = make_prototypes(200, 12, method='quick', return_info=True)
-    # 2 K^2 (d + 30) + 3e5 multiply-adds each; a few more to end a line search and to choose the best.
-    assert 30 <= len(evaluations) <= 24e8 / 20 / (2 * 200 ** 2 * 42 + 3e5) + 5 and info.method == 'optimise'
-    assert torch.equal(quick, make_prototypes(200, 12, method='quick'))
+    # 2 K^2 (d + 30) + 3e5 + 1200 K d multiply-adds each; a few more to end a line search and to choose the best.
+    assert 10 <= len(evaluations) <= 2e9 / 16 / (2 * 200 ** 2 * 42 + 3e5 + 1200 * 200 * 12) + 5
+    assert info.method == 'optimise' and torch.equal(quick, make_prototypes(200, 12, method='quick'))
     assert not torch.equal(quick, make_prototypes(200, 12, method='quick', seed=1))
     evaluations.clear()
     better = make_prototypes(200, 12, method='quick', effort=3.0)
-    assert len(evaluations) > 90 and uniformity(better) < uniformity(quick)
+    assert len(evaluations) > 50 and uniformity(better) < uniformity(quick)
     assert uniformity(make_prototypes(200, 12)) < uniformity(quick) < uniformity(make_prototypes(200, 12)) + 1e-2
 
 

@@ -12,12 +12,13 @@ from ..assignment import check_assignment
 from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
-from ..values import checked_value
+from ..values import checked_value, whole_number
 from . import numerics
 from .averages import buffer_stamps, settle_average
 from .buffers import restore_float32
 from .config import DL2PAConfig
 from .loading import check_scale_in_file, check_state
+from .nearest import nearest_classes
 from .neck import load_neck, make_neck
 from .view import TrainingView
 
@@ -272,6 +273,38 @@ class DL2PAHead(SavedModule, nn.Module):
             return self.training_view.class_vectors.index_select(0, classes)
         # gather refuses negative numbers, which brackets would take.
         return self.prototypes[self.assignment.gather(0, classes)]
+
+    @torch.no_grad()
+    def nearest(self, embeddings: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k classes of the largest cosines with each embedding: evaluation at very many classes.
+
+        No (N, C) matrix is made: beyond the answer, memory does not depend on the numbers of embeddings and classes.
+
+        Args:
+            embeddings: (N, d) unit rows, as `embed` returns them.
+            k: From 1 to C.
+
+        Returns:
+            The cosines (N, k) float32, the largest first, and the classes (N, k) int64. The logits are the cosines
+            times `current_scale()`. Of equal cosines, any may come first.
+
+        Raises:
+            ValueError: The shape or dtype does not fit, or k is out of range.
+
+        Example:
+            >>> cosines, classes = head.nearest(head.embed(features), k=5)
+            >>> classes.shape
+            torch.Size([8, 5])
+        """
+        if not isinstance(embeddings, torch.Tensor) or embeddings.shape[1:] != (self.dim,) \
+                or not embeddings.is_floating_point():
+            what = f'{embeddings.dtype} of the shape {tuple(embeddings.shape)}' \
+                if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+            raise ValueError(f'embeddings must be floats (N, {self.dim}), as embed returns them, not {what}.')
+        k = whole_number('k', k, 1, self.num_classes)
+        if not self.training:
+            self.settle()
+        return nearest_classes(numerics.plain_tensor(embeddings), self.vectors_of, self.num_classes, k)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""

@@ -36,7 +36,8 @@ _MAX_SYMMETRY_ORDER = 60
 _FRAME_ENTRIES = 2 ** 16
 
 
-def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, device: torch.device | str = 'cpu') -> int:
+def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, device: torch.device | str = 'cpu',
+                           entry_cost: int = 0) -> int:
     """Return how many evaluations of the objective the work budget allows.
 
     An evaluation counts as 2 K^2 (d + 30) + 3e5 multiply-adds. The budget is 2e11 of them, and 100 times as many on a
@@ -47,12 +48,13 @@ def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, devic
         dim: d, the dimension of the space.
         effort: Factor on the budget.
         device: The device of the evaluations.
+        entry_cost: Multiply-adds that an evaluation counts besides, for each of the K d numbers of the set.
 
     Returns:
         The number of evaluations, possibly 0.
     """
     work = effort * _WORK_BUDGET * (_GPU_SPEEDUP if torch.device(device).type == 'cuda' else 1)
-    return int(work // _evaluation_work(num_points, dim))
+    return int(work // (_evaluation_work(num_points, dim) + entry_cost * num_points * dim))
 
 
 def _evaluation_work(num_points: int, dim: int) -> int:
@@ -99,7 +101,7 @@ def optimise(
         *,
         starts: Iterable[np.ndarray] = (),
         effort: float = 1.0,
-        least: int = MIN_EVALUATIONS,
+        evaluations: int | None = None,
         device: torch.device | str = 'cpu',
         report: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
@@ -121,8 +123,8 @@ def optimise(
         objective: 'uniform' or 'separated'.
         seed: Seed of the random starts.
         starts: Additional starts, (K, d) unit rows each.
-        effort: Factor on the work budget (see `affordable_evaluations`).
-        least: The number of evaluations that are done even so.
+        effort: Factor on the work budget (see `affordable_evaluations`). At least `MIN_EVALUATIONS` are done.
+        evaluations: How many are done, whatever the budget allows.
         device: The device of the evaluations.
         report: Called with the share of the work done so far, from 0 to 1.
 
@@ -130,7 +132,8 @@ def optimise(
         (K, d) float64 unit rows.
     """
     generator = np.random.default_rng(seed)
-    evaluations = max(least, affordable_evaluations(num_points, dim, effort, device))
+    if evaluations is None:
+        evaluations = max(MIN_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
     budget = _Budget(evaluations, _EVALUATION_OVERHEAD / _evaluation_work(num_points, dim), report)
     descend = _Descent(device, budget)
     if objective == 'uniform':
