@@ -84,7 +84,7 @@ class PluginOptions:
     scale: float | None = _option('head', None, (int, float), 'a fixed factor on the cosines in the logits (default: '
                                   'learned, or by the number of classes)', limits=_POSITIVE)
     learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if "
-                                       'no scale is given and the loss takes logits)')
+                                       'no scale is given and the loss depends on it)')
     seed: int = _option('head', 0, (int,), 'of the prototypes', limits=_AT_LEAST_0)
     loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
                                "sampled_cross_entropy (for very many classes), dot_regression or balanced_softmax "
