@@ -8,6 +8,7 @@ from timm_dl2pa import (
     BalancedSoftmaxLoss,
     DL2PAHead,
     DotRegressionLoss,
+    SampledCrossEntropyLoss,
     SquaredCosineLoss,
     load_head,
     prime,
@@ -24,7 +25,8 @@ def float64():
 
 
 @pytest.mark.parametrize('recipe', ['placed', 'even', 'paper'])
-@pytest.mark.parametrize('criterion', [None, SquaredCosineLoss, DotRegressionLoss, BalancedSoftmaxLoss])
+@pytest.mark.parametrize('criterion', [
+    None, SquaredCosineLoss, DotRegressionLoss, SampledCrossEntropyLoss, BalancedSoftmaxLoss])
 @pytest.mark.filterwarnings('ignore:.* is the cross-entropy')
 def test_a_head_is_trained_primed_and_saved(recipe, criterion, tmp_path):
     head = DL2PAHead(8, CLASSES, 4, recipe=recipe, learn_scale=False if criterion else None)

@@ -11,6 +11,7 @@ from timm_dl2pa import (
     BalancedSoftmaxLoss,
     ClassMeans,
     DL2PAHead,
+    SampledCrossEntropyLoss,
     Schedule,
     SquaredCosineLoss,
     WeightedCrossEntropyLoss,
@@ -50,6 +51,7 @@ WHOLE = {
     'dim of a bound': lambda v: max_cosine_lower_bound(9, v),
     'num_classes of a scale': default_scale, 'num_classes of a loss': WeightedCrossEntropyLoss,
     'num_classes of balanced softmax': BalancedSoftmaxLoss,
+    'num_sampled': lambda v: SampledCrossEntropyLoss(head(), v),
     'ignore_index of a loss': lambda v: SquaredCosineLoss(head(), ignore_index=v),
 }
 REAL = {
@@ -101,7 +103,8 @@ TARGETS = [[0, 1, 2], (0, 1, 2), np.array([0, 1, 2]), *(torch.tensor([0, 1, 2]).
     torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64))]
 SHARES = [torch.eye(7)[:3].to(dtype) for dtype in (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64)]
-CRITERIA = [SquaredCosineLoss(head()), BalancedSoftmaxLoss(7), WeightedCrossEntropyLoss(7)]
+CRITERIA = [SquaredCosineLoss(head()), SampledCrossEntropyLoss(head()), BalancedSoftmaxLoss(7),
+            WeightedCrossEntropyLoss(7)]
 
 
 @pytest.mark.parametrize('targets', [*TARGETS, *SHARES])

@@ -1,7 +1,13 @@
 """Hyperspherical classification with dynamic label-to-prototype assignment (DL2PA, CVPR 2024) for timm models."""
 from .assignment import AlignmentResult, AssignmentResult, align_prototypes, solve_assignment
 from .head import DL2PAConfig, DL2PAHead, default_scale, load_head
-from .losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss, WeightedCrossEntropyLoss
+from .losses import (
+    BalancedSoftmaxLoss,
+    DotRegressionLoss,
+    SampledCrossEntropyLoss,
+    SquaredCosineLoss,
+    WeightedCrossEntropyLoss,
+)
 from .models import fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
 from .models.registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
 from .prototypes import (
@@ -25,6 +31,7 @@ __all__ = [
     'DL2PAConfig',
     'DL2PAHead',
     'DotRegressionLoss',
+    'SampledCrossEntropyLoss',
     'Schedule',
     'SquaredCosineLoss',
     'WeightedCrossEntropyLoss',

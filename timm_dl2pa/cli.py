@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prototypes.add_argument('--objective', default='uniform', metavar='NAME',
                             help="'uniform', the paper's energy, or 'separated', the smallest maximal cosine")
     prototypes.add_argument('--method', default='auto', metavar='NAME',
-                            help='auto, simplex, polygon, simplices, kerdock, bch, weil, cross_polytopes, optimise '
-                                 'or sgd')
+                            help='auto, quick (what a new head begins with), simplex, polygon, simplices, kerdock, '
+                                 'bch, weil, cross_polytopes, optimise or sgd')
     prototypes.add_argument('--seed', type=int, default=0, metavar='N')
     prototypes.add_argument('--effort', type=float, default=1.0, metavar='X',
                             help='factor on the work budget of optimise')

@@ -17,11 +17,11 @@ from .values import checked_value, shown
 __all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'named_as_options', 'names_of']
 
 PREFIX = 'dl2pa_'
-LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'balanced_softmax')
+LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'sampled_cross_entropy', 'balanced_softmax')
 NECKS = ('linear', 'linear_bn', 'none')
 WARMUPS = ('placed', 'rotated', 'none')
-# Those that depend on the logits, and so on their scale, and not on the target's cosine alone.
-LOGIT_LOSSES = ('criterion', 'balanced_softmax')
+# Those that depend on the scale, and not on the target's cosine alone.
+SCALED_LOSSES = ('criterion', 'sampled_cross_entropy', 'balanced_softmax')
 
 
 # What a number must be, and a function that says whether it is that. NaN is none of these.
@@ -84,13 +84,15 @@ class PluginOptions:
     scale: float | None = _option('head', None, (int, float), 'a fixed factor on the cosines in the logits (default: '
                                   'learned, or by the number of classes)', limits=_POSITIVE)
     learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if "
-                                       'no scale is given and the loss takes logits)')
+                                       'no scale is given and the loss depends on it)')
     seed: int = _option('head', 0, (int,), 'of the prototypes', limits=_AT_LEAST_0)
     loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
-                               "dot_regression or balanced_softmax (both for long tails), which take its place "
-                               "(default: the recipe's)", LOSSES)
-    loss_weight: float | None = _option('script', None, (int, float), "factor on our losses (default: the recipe's or "
-                                        "the loss's own)", limits=_POSITIVE)
+                               "sampled_cross_entropy (for very many classes), dot_regression or balanced_softmax "
+                               "(both for long tails), which take its place (default: the recipe's)", LOSSES)
+    loss_weight: float | None = _option('script', None, (int, float), "factor on squared_cosine and dot_regression "
+                                        "(default: the recipe's or the loss's own)", limits=_POSITIVE)
+    num_sampled: int | None = _option('script', None, (int,), 'number of classes that sampled_cross_entropy samples '
+                                      "for a batch (default: the loss's own)", limits=_AT_LEAST_1)
     class_weights: str | None = _option('script', None, (str,), 'auto: weigh each class in the loss by the inverse of '
                                         'its number of samples (default: all classes weigh the same)', ('auto',))
     interval: int | str = _option('scheduler', 'epoch', (int, str), "re-solve after each 'epoch', or after so many "
@@ -123,8 +125,11 @@ class PluginOptions:
         recipe = self.recipe_parts
         if self.loss is None:
             object.__setattr__(self, 'loss', recipe.loss)
-        if self.loss in LOGIT_LOSSES and self.loss_weight is not None:
-            raise ValueError(f'{PREFIX}loss_weight is for our losses: it has no meaning with '
+        if self.loss in SCALED_LOSSES and self.loss_weight is not None:
+            raise ValueError(f'{PREFIX}loss_weight is a factor on squared_cosine and dot_regression: it has no meaning '
+                             f'with {PREFIX}loss={self.loss!r}.')
+        if self.loss != 'sampled_cross_entropy' and self.num_sampled is not None:
+            raise ValueError(f'{PREFIX}num_sampled is for {PREFIX}loss=sampled_cross_entropy: it has no meaning with '
                              f'{PREFIX}loss={self.loss!r}.')
 
     @property
@@ -158,7 +163,7 @@ class PluginOptions:
     def head_arguments(self) -> dict[str, Any]:
         """Return those that `wrap_dl2pa` takes. The scale is learned only where the loss depends on it."""
         arguments = {name: getattr(self, name) for name in names_of('head')}
-        if self.learn_scale is None and self.loss not in LOGIT_LOSSES:
+        if self.learn_scale is None and self.loss not in SCALED_LOSSES:
             arguments['learn_scale'] = False
         return arguments
 
@@ -169,8 +174,9 @@ class PluginOptions:
     def loss_arguments(self) -> dict[str, Any]:
         """Return the arguments of a loss of this package: the recipe's where it is the recipe's loss."""
         recipe = self.recipe_parts
-        weight = {} if self.loss_weight is None else {'weight': self.loss_weight}
-        return {**(recipe.loss_arguments if self.loss == recipe.loss else {}), **weight}
+        given = {'weight': self.loss_weight, 'num_sampled': self.num_sampled}
+        return {**(recipe.loss_arguments if self.loss == recipe.loss else {}),
+                **{name: value for name, value in given.items() if value is not None}}
 
 
 @contextmanager

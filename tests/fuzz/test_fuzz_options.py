@@ -20,8 +20,9 @@ OPTIONS = {PREFIX + spec.name: spec for spec in fields(PluginOptions)}
 
 TEXTS = ['', 'none', 'None', 'auto', 'epoch', 'half', 'inf', 'nan', '1e3', '3', ' 3 ', '5 epochs', '0 epochs', '30 %',
          '130%', '100:1000,1000', '9' * 99, '9' * 5000, '9' * 60 + ' epochs', '1:2,' * 24 + '1', 'linear', 'placed',
-         'rotated', 'paper', 'even', 'balanced_softmax', 'squared_cosine', 'dot_regression', 'criterion', 'a b', 'ä',
-         '\udc80', '\0', '/', 'nowhere.safetensors', '[[[', '{[]: 1}', "'", '(' * 300, '-1', '0x10', '1_000', 'True']
+         'rotated', 'paper', 'even', 'balanced_softmax', 'squared_cosine', 'dot_regression', 'criterion',
+         'sampled_cross_entropy', 'a b', 'ä', '\udc80', '\0', '/', 'nowhere.safetensors',
+         '[[[', '{[]: 1}', "'", '(' * 300, '-1', '0x10', '1_000', 'True']
 
 
 def values():

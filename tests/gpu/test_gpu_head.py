@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from tests.helpers import reference
-from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, DotRegressionLoss, SampledCrossEntropyLoss, SquaredCosineLoss
 
 # Largest error of a result, as a share of its norm: of the features, rounded once, and of the products of the neck.
 PRECISIONS = [(None, 2e-6), ('bfloat16', 2e-2), ('float16', 2e-3)]
@@ -37,7 +37,7 @@ def exact(head, x, labels, loss):
     weight, bias, x = (tensor.detach().cpu().double().requires_grad_() for tensor in
                        (head.neck.weight, head.neck.bias, x))
     embeddings = nn.functional.normalize(x @ weight.t() + bias, dim=1)
-    scale, prototypes = float(head.current_scale()), head.class_prototypes.cpu().double()
+    scale, prototypes = head.current_scale().item(), head.class_prototypes.cpu().double()
     cosines = embeddings @ prototypes.t()
     plain = reference.logits(reference.embed((x @ weight.t() + bias).detach()), head.prototypes.cpu().double().numpy(),
                              head.assignment.tolist(), scale)
@@ -82,6 +82,30 @@ def test_the_squared_cosine_loss(make_head, device, precision, share, train_outp
         found = SquaredCosineLoss(head)(head(x), labels)
     found.backward()
     assert close(found, loss, 2 * share) and close(head.neck.weight.grad, weight_gradient, 4 * share)
+
+
+@pytest.mark.parametrize('precision, share', PRECISIONS, ids=IDS)
+def test_the_sampled_cross_entropy(make_head, device, precision, share):
+    """Over all classes when all are sampled; never waiting for the device; and nearest classes are those of all."""
+    head, x, labels = problem(make_head, device, train_output='embeddings', learn_scale=True)
+    logits, loss, weight_gradient, _ = exact(head, x, labels, 'cross_entropy')
+    criterion, few = SampledCrossEntropyLoss(head, 20), SampledCrossEntropyLoss(head, 5, label_smoothing=0.1)
+    few(head(x), labels).backward()
+    head.zero_grad()
+    with autocast(device, precision):
+        if device.type == 'cuda':
+            torch.cuda.set_sync_debug_mode('error')
+        try:
+            found = criterion(head(x), labels)
+            few(head(x), labels)
+        finally:
+            if device.type == 'cuda':
+                torch.cuda.set_sync_debug_mode('default')
+    found.backward()
+    assert close(found, loss, 2 * share) and close(head.neck.weight.grad, weight_gradient, 4 * share)
+    assert head.log_scale.grad.abs() > 0
+    cosines = head.nearest(head.embed(x), 3)[0]
+    assert close(head.current_scale() * cosines, logits.topk(3, dim=1)[0], 2e-6)
 
 
 def test_dot_regression_of_hard_and_mixed_targets(make_head, device):

@@ -343,6 +343,21 @@ def test_config_rebuilds_the_head(make_head):
         head.config.dim = 5  # frozen
 
 
+@pytest.mark.parametrize('recipe', ['placed', 'even', 'paper'])
+def test_a_head_is_made_at_once_and_again_from_its_config(make_head, monkeypatch, recipe):
+    """Where the whole work budget takes long, with a sixteenth of it."""
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 2 * 10 ** 9)
+    options = dict(num_classes=200, dim=12, recipe=recipe, seed=2, scale=9.0)
+    points = make_prototypes(200, 12, method='quick', seed=2)
+    head = make_head(**options)
+    assert torch.equal(head.prototypes, points) and not torch.equal(points, make_prototypes(200, 12, seed=2))
+    assert torch.equal(DL2PAHead.from_config(head.config).prototypes, points)
+    again = make_head(**options)
+    again.load_state_dict(head.state_dict())
+    assert again.config == head.config and not head.config.own_prototypes
+    assert torch.equal(head.with_classes(199).prototypes, make_prototypes(199, 12, method='quick', seed=2))
+
+
 def test_own_prototypes(make_head):
     points = make_prototypes(9, 4, seed=7)
     head = make_head(prototypes=points)
@@ -364,7 +379,6 @@ def test_own_prototypes(make_head):
     (dict(scale=0), 'scale must be between'),
     (dict(scale=math.inf), 'scale must be between'),
     (dict(train_output='both'), 'train_output must be one of'),
-    (dict(learn_scale=True, train_output='embeddings'), 'embeddings give the scale'),
     (dict(prototypes=torch.eye(4)), '7 classes need as many prototypes'),
     (dict(prototypes=torch.ones(7, 4)), 'unit rows'),
     (dict(prototypes=make_prototypes(7, 5)), 'prototypes have 5 dimensions, but dim=4'),

@@ -10,6 +10,7 @@ from timm_dl2pa import (
     BalancedSoftmaxLoss,
     DL2PAHead,
     DotRegressionLoss,
+    SampledCrossEntropyLoss,
     SquaredCosineLoss,
     WeightedCrossEntropyLoss,
 )
@@ -23,6 +24,7 @@ LOSSES = {
     'dot regression': lambda head, **options: DotRegressionLoss(head, **options),
     'balanced softmax': lambda head, **options: BalancedSoftmaxLoss(C, torch.arange(1, C + 1), **options),
     'cross-entropy': lambda head, **options: WeightedCrossEntropyLoss(C, **{'class_weights': None, **options}),
+    'sampled cross-entropy over cosines': lambda head, **options: SampledCrossEntropyLoss(head, **options),
     'squared cosine in a warm-up': lambda head, **options: in_warmup(head, SquaredCosineLoss(head, **options)),
 }
 every_loss = pytest.mark.parametrize('name', LOSSES)

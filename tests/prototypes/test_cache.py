@@ -33,11 +33,12 @@ def test_made_once(cache, count_work):
     again, kept = make_prototypes(30, 6, return_info=True)
     assert torch.equal(first, again) and len(count_work) == 1
     assert not info.cached and kept.cached and kept.description == info.description and kept.tried == info.tried
-    for other in (dict(seed=1), dict(objective='separated', effort=0.01), dict(method='optimise'), dict(effort=0.5)):
+    for other in (dict(seed=1), dict(objective='separated', effort=0.01), dict(method='optimise'), dict(effort=0.5),
+                  dict(method='quick'), dict(method='quick', effort=0.5)):
         make_prototypes(30, 6, **other)
-    assert len(count_work) == 5 and len(list(cache.iterdir())) == 5
+    assert len(count_work) == 7 and len(list(cache.iterdir())) == 7
     make_prototypes(30, 6, cache=False)
-    assert len(count_work) == 6
+    assert len(count_work) == 8
 
 
 def test_closed_forms_and_codes_are_not_kept(cache):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.helpers import reference
 from timm_dl2pa import make_prototypes, prototype_quality, uniformity
 from timm_dl2pa.prototypes import check_prototypes
+from timm_dl2pa.prototypes.energy import pair_energy
 
 # (K, d): the energy of the prototypes that the authors published, measured from their files.
 PUBLISHED = {(100, 10): -3.45516, (100, 16): -3.71449, (100, 32): -3.92139, (200, 50): -3.92839,
@@ -155,3 +156,53 @@ def test_check_prototypes_names_the_row():
         check_prototypes(points, 7)
     with pytest.raises(ValueError, match=r'shape \(K, d\)'):
         check_prototypes(points[0])
+
+
+# --- 'quick': what a head begins with
+
+
+@pytest.fixture
+def small_budget(monkeypatch):
+    """A work budget that sizes of some hundred points exceed, as those of a thousand exceed the real one."""
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise._WORK_BUDGET', 2 * 10 ** 9)
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    calls = []
+    monkeypatch.setattr('timm_dl2pa.prototypes.optimise.pair_energy',
+                        lambda points, *rest: calls.append(points.shape) or pair_energy(points, *rest))
+    return calls
+
+
+@pytest.mark.parametrize('size', [(5, 8), (7, 2), (12, 8), (30, 6), (60, 7)])
+def test_quick_is_the_best_there_is_where_little_work_is_enough(size):
+    assert torch.equal(make_prototypes(*size, method='quick', seed=3), make_prototypes(*size, seed=3))
+
+
+def test_quick_keeps_to_a_sixteenth_of_the_work(small_budget, evaluations):
+    quick, info = make_prototypes(200, 12, method='quick', return_info=True)
+    # 2 K^2 (d + 30) + 3e5 + 1200 K d multiply-adds each; a few more to end a line search and to choose the best.
+    assert 10 <= len(evaluations) <= 2e9 / 16 / (2 * 200 ** 2 * 42 + 3e5 + 1200 * 200 * 12) + 5
+    assert info.method == 'optimise' and torch.equal(quick, make_prototypes(200, 12, method='quick'))
+    assert not torch.equal(quick, make_prototypes(200, 12, method='quick', seed=1))
+    evaluations.clear()
+    better = make_prototypes(200, 12, method='quick', effort=3.0)
+    assert len(evaluations) > 50 and uniformity(better) < uniformity(quick)
+    assert uniformity(make_prototypes(200, 12)) < uniformity(quick) < uniformity(make_prototypes(200, 12)) + 1e-2
+
+
+def test_quick_optimises_nothing_that_would_stay_uneven(small_budget, evaluations):
+    """So few evaluations leave random points less even than a code."""
+    points, info = make_prototypes(500, 16, method='quick', return_info=True)
+    assert info.method == 'bch' and not evaluations
+    assert uniformity(points) < uniformity(make_prototypes(500, 16, method='cross_polytopes'))
+
+
+def test_cross_polytopes_do_not_depend_on_how_many_bases_are_drawn_at_once(monkeypatch):
+    sizes = [(1, 3), (6, 3), (7, 3), (100, 4), (1001, 5)]
+    expected = [make_prototypes(*size, method='cross_polytopes') for size in sizes]
+    for entries in (1, 100):
+        monkeypatch.setattr('timm_dl2pa.prototypes.optimise._FRAME_ENTRIES', entries)
+        assert all(torch.equal(make_prototypes(*size, method='cross_polytopes'), points)
+                   for size, points in zip(sizes, expected))

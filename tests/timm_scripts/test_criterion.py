@@ -61,7 +61,7 @@ def test_criteria_that_take_none_are_refused(criterion, reason):
         ClassificationTask(model, criterion=criterion)
 
 
-@pytest.mark.parametrize('loss', ['squared_cosine', 'dot_regression', 'balanced_softmax'])
+@pytest.mark.parametrize('loss', ['squared_cosine', 'dot_regression', 'sampled_cross_entropy', 'balanced_softmax'])
 def test_our_losses_get_them(tmp_path, loss):
     task = train(tmp_path, epochs=2, dl2pa_dim=3, dl2pa_loss=loss, dl2pa_class_weights='auto')
     assert weights_of(task).tolist() == pytest.approx(expected_weights(counts_after(2)).tolist())
@@ -75,4 +75,21 @@ def test_the_counts_are_resumed(tmp_path):
     train(tmp_path / 'broken', epochs=2, stop_after=1, **options)
     resumed = train(tmp_path / 'broken', epochs=2, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
     assert torch.equal(weights_of(resumed), weights_of(unbroken))
+    assert resumed.losses == unbroken.losses[4:]
+
+
+def test_the_sampled_cross_entropy_is_the_scripts_of_all_classes(tmp_path):
+    """Its label smoothing too; here all are sampled."""
+    plain = train(tmp_path / 'plain', epochs=1, dl2pa_dim=3, criterion=LabelSmoothingCrossEntropy(0.2))
+    task = train(tmp_path, epochs=1, dl2pa_dim=3, criterion=LabelSmoothingCrossEntropy(0.2),
+                 dl2pa_loss='sampled_cross_entropy')
+    assert task.dl2pa_heads[0].train_output == 'embeddings'
+    assert task.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+def test_the_samples_of_classes_are_resumed(tmp_path):
+    options = dict(dl2pa_dim=3, dl2pa_loss='sampled_cross_entropy', dl2pa_num_sampled=1)
+    unbroken = train(tmp_path / 'unbroken', epochs=2, **options)
+    train(tmp_path / 'broken', epochs=2, stop_after=1, **options)
+    resumed = train(tmp_path / 'broken', epochs=2, resume=tmp_path / 'broken' / 'last.pth.tar', **options)
     assert resumed.losses == unbroken.losses[4:]

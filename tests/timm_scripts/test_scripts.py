@@ -159,6 +159,7 @@ OFFERS = {
     'split-bn': ['--aug-splits', '2', '--split-bn', 'neck=linear_bn'],
     'squared cosine': ['loss=squared_cosine'],
     'dot regression': ['loss=dot_regression'],
+    'sampled cross-entropy': ['loss=sampled_cross_entropy', 'num_sampled=2'],
     'squared cosine with mixup': ['loss=squared_cosine', '--mixup', '0.8'],
     'dot regression with cutmix': ['loss=dot_regression', '--cutmix', '1'],
     'float16': ['--amp', '--amp-dtype', 'float16'],

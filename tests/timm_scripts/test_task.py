@@ -28,7 +28,7 @@ from tests.helpers.stand_in import BATCH, BATCHES, CLASSES, DEVICE, Killed, batc
 from timm_dl2pa import (
     AssignmentScheduler,
     DL2PAHead,
-    DotRegressionLoss,
+    SampledCrossEntropyLoss,
     SquaredCosineLoss,
     default_scale,
     make_prototypes,
@@ -36,6 +36,7 @@ from timm_dl2pa import (
 )
 from timm_dl2pa.scheduling.priming import Primer
 from timm_dl2pa.timm_scripts import PluginOptions, install, plugged_in, uninstall
+from timm_dl2pa.timm_scripts.criterion import HEAD_LOSSES
 
 pytestmark = pytest.mark.timm
 
@@ -92,7 +93,7 @@ def test_prototypes_from_a_file(tmp_path):
 def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     for options, learned, scale in ((dict(), True, 4.0), (dict(dl2pa_scale=7), False, 7), (
             dict(dl2pa_scale=7, dl2pa_learn_scale=True), True, 7), (dict(dl2pa_learn_scale=False), False, None), (
-            dict(dl2pa_loss='squared_cosine'), False, None)):
+            dict(dl2pa_loss='squared_cosine'), False, None), (dict(dl2pa_loss='sampled_cross_entropy'), True, 4.0)):
         config = make_model(dl2pa_dim=3, **options).get_classifier().config
         assert config.learn_scale == learned and config.neck == 'linear_bn'
         assert config.scale == (scale or pytest.approx(default_scale(CLASSES)))
@@ -103,8 +104,11 @@ def test_the_scale_is_learned_with_the_scripts_own_loss_unless_it_is_given():
     (dict(dl2pa_dim='three'), "dl2pa_dim must be int, not 'three'"),
     (dict(dl2pa_dim=True), 'dl2pa_dim must be int, not True'),
     (dict(dl2pa_learn_scale='true'), "dl2pa_learn_scale must be bool, not 'true'"),
-    (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression, balanced_soft'),
-    (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is for our losses'),
+    (dict(dl2pa_loss='cosine'), 'dl2pa_loss must be one of criterion, squared_cosine, dot_regression, sampled_cro'),
+    (dict(dl2pa_loss_weight=3.0), 'dl2pa_loss_weight is a factor on squared_cosine and dot_regression: it has no'),
+    (dict(dl2pa_num_sampled=3), "no meaning with dl2pa_loss='criterion'"),
+    (dict(dl2pa_loss='sampled_cross_entropy', dl2pa_num_sampled=0), 'dl2pa_num_sampled must be at least 1, not 0'),
+    (dict(dl2pa_loss='sampled_cross_entropy', dl2pa_loss_weight=2), "meaning with dl2pa_loss='sampled_cross_entropy'"),
     (dict(dl2pa_loss='balanced_softmax', dl2pa_loss_weight=3.0), "no meaning with dl2pa_loss='balanced_softmax'"),
     (dict(dl2pa_dim=3, scriptable=True), 'cannot be made for TorchScript'),
     (dict(dl2pa_recipe='fast'), "dl2pa_recipe must be one of placed, even, paper, not 'fast'"),
@@ -280,6 +284,9 @@ OFFERS = {
     'cutmix, squared cosine': dict(mixup=dict(mixup_alpha=0, cutmix_alpha=1.0), dl2pa_loss='squared_cosine'),
     'mixup, dot regression': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='dot_regression'),
     'balanced softmax': dict(dl2pa_loss='balanced_softmax'),
+    'sampled': dict(dl2pa_loss='sampled_cross_entropy', dl2pa_num_sampled=2),
+    'sampled, compiled, bfloat16': dict(compiled=True, autocast=torch.bfloat16, dl2pa_loss='sampled_cross_entropy'),
+    'mixup, sampled': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='sampled_cross_entropy'),
     'mixup, balanced softmax': dict(mixup=dict(mixup_alpha=0.8), dl2pa_loss='balanced_softmax'),
     'bce': dict(criterion=BinaryCrossEntropy()),
     'jsd': dict(criterion=JsdCrossEntropy(num_splits=2, smoothing=0.1)),
@@ -311,8 +318,14 @@ def test_what_a_script_offers(tmp_path, offer):
     assert state['task_state']['dl2pa']['scheduler']['steps'] == 3 * BATCHES
     for head in task.dl2pa_heads:
         assert torch.equal(head.assignment, task.dl2pa_heads[0].assignment)
-    kind = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}.get(options.get('dl2pa_loss'))
-    if kind is not None:
+    kind = HEAD_LOSSES.get(options.get('dl2pa_loss'))
+    if kind is SampledCrossEntropyLoss:
+        head, start = task.dl2pa_heads[0], make_model(dl2pa_dim=3).get_classifier()
+        assert head.train_output == 'embeddings' and not torch.equal(head.log_scale, start.log_scale)
+        assert task.criterion.sampler.num_sampled == options.get('dl2pa_num_sampled', CLASSES)
+        assert task.criterion.label_smoothing == 0.1
+        assert task.criterion.sampler.step == (0 if 'mixup' in options else 3 * BATCHES)
+    elif kind is not None:
         assert type(task.criterion) is kind
         # No (B, C) logits where a model has one classifier.
         assert task.dl2pa_heads[0].train_output == ('embeddings' if len(task.dl2pa_heads) == 1 else 'logits')
@@ -486,6 +499,7 @@ def test_a_recovery_checkpoint_in_the_midst_of_priming(tmp_path):
 @pytest.mark.parametrize('how', [dict(), dict(interval=3), dict(interval=3, warmup_length='2 epochs'),
                                  dict(warmup='none'), dict(recipe='even'), dict(recipe='paper'),
                                  dict(prime=6), dict(prime=2, loss='squared_cosine'), dict(loss='balanced_softmax'),
+                                 dict(loss='sampled_cross_entropy', num_sampled=1),
                                  dict(interval='2:8,3', background=True, lag=3, min_gain=0.01, warmup='none')],
                          ids=str)
 @pytest.mark.parametrize('stopped_after', [1, 2, 3])
@@ -606,6 +620,7 @@ def in_process(rank, folder):
     with plugged_in():
         for name, options in (
                 ('epoch', dict(dl2pa_loss='squared_cosine')),
+                ('sampled', dict(dl2pa_loss='sampled_cross_entropy', dl2pa_num_sampled=2)),
                 ('batches', dict(dl2pa_interval=3, broadcast_buffers=False)),
                 ('paper', dict(dl2pa_warmup='none')),
                 ('primed', dict(dl2pa_prime=2)),
@@ -642,7 +657,7 @@ def in_process(rank, folder):
 def test_two_processes(tmp_path):
     run_ranks(in_process, str(tmp_path), folder=tmp_path)
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
-    for name in ('epoch', 'batches', 'paper', 'primed', 'no validation', 'batch norm', 'resumed'):
+    for name in ('epoch', 'sampled', 'batches', 'paper', 'primed', 'no validation', 'batch norm', 'resumed'):
         assert first[name] == second[name]
 
     # One process with the same samples comes to the same assignments, and sums up the same class means.

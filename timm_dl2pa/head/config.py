@@ -3,7 +3,10 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
 from ..options import KINDS
+from ..prototypes import make_prototypes
 from ..recipes import DEFAULT_RECIPE, find_recipe
 from ..values import checked_value, whole_number
 from .neck import NECKS, neck_shapes
@@ -68,7 +71,8 @@ class DL2PAConfig:
             returns logits in training.
         train_output: What a head in training mode returns: 'logits' (B, C) or unit 'embeddings' (B, d).
         seed: Seed of the prototypes, and of a random first assignment, in 0..2^63 - 1.
-        own_prototypes: Whether the prototypes were given or moved, rather than made from the seed.
+        own_prototypes: Whether the prototypes were given or moved, rather than made from the seed (see
+            `first_prototypes`).
         recipe: 'placed', 'even' or 'paper'.
 
     Raises:
@@ -116,8 +120,6 @@ class DL2PAConfig:
             raise ValueError(f'train_output must be one of {", ".join(TRAIN_OUTPUTS)}, not {self.train_output!r}.')
         if self.learn_scale is None:
             self._set('learn_scale', recipe.learn_scale and self.scale is None and self.train_output == 'logits')
-        if self.learn_scale and self.train_output == 'embeddings':
-            raise ValueError("learn_scale=True needs train_output='logits': embeddings give the scale no gradient.")
         if self.scale is None:
             self._set('scale', LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes))
         check_scale(self.scale)
@@ -141,6 +143,14 @@ class DL2PAConfig:
         scale = None if self.scale == default_scale(self.num_classes) else self.scale
         return replace(self, num_classes=num_classes, num_prototypes=num_prototypes, scale=scale,
                        own_prototypes=num_prototypes is not None)
+
+    def first_prototypes(self) -> torch.Tensor:
+        """Make the prototypes (K, d) float32 that a head of this config begins with, where none are given.
+
+        They depend on K, d and the seed alone, and take about two seconds, whatever the number of classes:
+        `make_prototypes(K, d, method='quick', seed=seed)`.
+        """
+        return make_prototypes(self.num_prototypes, self.dim, method='quick', seed=self.seed)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of a head's state dict, without making one: a config may ask for any size."""

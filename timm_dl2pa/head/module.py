@@ -10,14 +10,15 @@ import torch.nn as nn
 
 from ..assignment import check_assignment
 from ..files.saving import SavedModule
-from ..prototypes import check_prototypes, load_prototypes, make_prototypes, unit_rows
+from ..prototypes import check_prototypes, load_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
-from ..values import checked_value
+from ..values import checked_value, whole_number
 from . import numerics
 from .averages import buffer_stamps, settle_average
 from .buffers import restore_float32
 from .config import DL2PAConfig
 from .loading import check_scale_in_file, check_state
+from .nearest import nearest_classes
 from .neck import load_neck, make_neck
 from .view import TrainingView
 
@@ -49,8 +50,10 @@ class DL2PAHead(SavedModule, nn.Module):
         num_classes: C, at least 2.
         dim: d, which may be far smaller than C.
         num_prototypes: K >= C. Default: the number of rows of `prototypes` if they are given, otherwise C.
-        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default:
-            `make_prototypes(num_prototypes, dim, seed=seed)`.
+        prototypes: (K, d) unit rows of your own, or a safetensors file of them (see `load_prototypes`). Default: the
+            best set that about two seconds give, `make_prototypes(num_prototypes, dim, method='quick', seed=seed)`. Up
+            to some hundred classes nothing is better; beyond, `make_prototypes(num_prototypes, dim, progress=True)` is
+            a little more even, after half a minute or (with `effort`) more.
         recipe: 'placed', 'even' or 'paper': sets neck, scale and the first assignment, and what an
             `AssignmentScheduler` does (`timm_dl2pa.recipes.RECIPES`).
         neck: 'linear', 'linear_bn' (batch norm after it), or 'none', which needs `dim == in_features`. Default: the
@@ -60,7 +63,7 @@ class DL2PAHead(SavedModule, nn.Module):
             learns much better than a fixed scale: a large scale asks a young network for probabilities near one, which
             unit embeddings in few dimensions cannot give. Default: the recipe's, where no scale is given.
         train_output: 'logits', or 'embeddings' for a loss of this package at very many classes: the (B, C) logits are
-            then made in evaluation mode only.
+            then made in evaluation mode only. A learned scale needs a `SampledCrossEntropyLoss` then.
         seed: Seed of the prototypes, and of a random first assignment. The neck's weights are drawn as PyTorch draws
             those of any layer.
         device: Where parameters and buffers are made.
@@ -129,8 +132,9 @@ class DL2PAHead(SavedModule, nn.Module):
             own_prototypes=prototypes is not None,
             recipe=recipe,
         )
-        if prototypes is None:
-            prototypes = make_prototypes(self.config.num_prototypes, dim, seed=self.config.seed)
+        given = prototypes is not None
+        if not given:
+            prototypes = self.config.first_prototypes()
 
         device = torch.empty(0, device=device).device  # the default device where none is given
         self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
@@ -138,7 +142,7 @@ class DL2PAHead(SavedModule, nn.Module):
             self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
         else:
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
-        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=True))
+        self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=given))
         self.register_buffer('assignment', self._first_assignment(device))
         self.register_buffer('averaged_assignment', self.assignment.float(), persistent=False)
         self._stamps = buffer_stamps(self)
@@ -259,6 +263,49 @@ class DL2PAHead(SavedModule, nn.Module):
                 vectors = self.training_view.class_vectors
             return numerics.cosines(embeddings, vectors)
 
+    def vectors_of(self, classes: torch.Tensor) -> torch.Tensor:
+        """Return the class vectors (n, d), float32, that `cosines` uses of some classes (n,) int64, without the others.
+
+        Raises:
+            IndexError, RuntimeError: On the CPU, a class is below 0 or above C - 1.
+        """
+        if self.training and self.training_view.class_vectors is not None:
+            return self.training_view.class_vectors.index_select(0, classes)
+        # gather refuses negative numbers, which brackets would take.
+        return self.prototypes[self.assignment.gather(0, classes)]
+
+    @torch.no_grad()
+    def nearest(self, embeddings: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k classes of the largest cosines with each embedding: evaluation at very many classes.
+
+        No (N, C) matrix is made: beyond the answer, memory does not depend on the numbers of embeddings and classes.
+
+        Args:
+            embeddings: (N, d) unit rows, as `embed` returns them.
+            k: From 1 to C.
+
+        Returns:
+            The cosines (N, k) float32, the largest first, and the classes (N, k) int64. The logits are the cosines
+            times `current_scale()`. Of equal cosines, any may come first.
+
+        Raises:
+            ValueError: The shape or dtype does not fit, or k is out of range.
+
+        Example:
+            >>> cosines, classes = head.nearest(head.embed(features), k=5)
+            >>> classes.shape
+            torch.Size([8, 5])
+        """
+        if not isinstance(embeddings, torch.Tensor) or embeddings.shape[1:] != (self.dim,) \
+                or not embeddings.is_floating_point():
+            what = f'{embeddings.dtype} of the shape {tuple(embeddings.shape)}' \
+                if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+            raise ValueError(f'embeddings must be floats (N, {self.dim}), as embed returns them, not {what}.')
+        k = whole_number('k', k, 1, self.num_classes)
+        if not self.training:
+            self.settle()
+        return nearest_classes(numerics.plain_tensor(embeddings), self.vectors_of, self.num_classes, k)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (B, C), float32; or unit embeddings (B, d) in training with `train_output='embeddings'`."""
         if torch.jit.is_scripting():
@@ -278,6 +325,9 @@ class DL2PAHead(SavedModule, nn.Module):
             scale = self.current_scale()
             if self.training and self.train_output == 'embeddings':
                 out = embeddings
+                if self.config.learn_scale:
+                    # The loss multiplies by it. DistributedDataParallel looks for parameters in use behind the output.
+                    out = embeddings + 0.0 * scale
             else:
                 out = self.cosines(embeddings) * scale
             if self.channels_first:

@@ -2,46 +2,36 @@
 import warnings
 
 import torch
-import torch.nn as nn
 
-from ..head import DL2PAHead, plain_tensor
-from ..values import real_number, whole_number
-from .class_weights import ClassWeights
-from .targets import check_reduction, checked_targets, reduced
+from ..head import DL2PAHead
+from ..values import real_number
+from .head_loss import NUM_SAMPLED, HeadLoss
+from .targets import reduced
 
 __all__ = ['DotRegressionLoss', 'SquaredCosineLoss']
 
+# Above this number of classes the cross-entropy of a warm-up samples them.
+_MANY_CLASSES = 4 * NUM_SAMPLED
 
-class _PrototypeLoss(nn.Module):
+
+class _PrototypeLoss(HeadLoss):
     """The cosine of each sample with its target's prototype, from logits or from embeddings.
-
-    Which of the two an output is, is decided by the head's `train_output` and mode, never by its shape.
 
     A warm-up may need another loss, as the head's training view tells: where class vectors follow the embeddings, a
     loss of distances alone is least where all embeddings are one. Then it is the cross-entropy of the scaled cosines,
-    without `weight`, and a warning says so once.
+    without `weight`, and a warning says so once. For very many classes it samples them, where it takes embeddings.
     """
 
     def __init__(self, head: DL2PAHead, reduction: str, weight: float, class_weights: torch.Tensor | str | None,
                  ignore_index: int):
-        super().__init__()
-        if not isinstance(head, DL2PAHead):
-            raise TypeError(f'head must be a DL2PAHead, not {type(head).__name__}: of a wrapped model, take '
-                            f'model.get_classifier() (the first of them, if it has several).')
-        if head.config.learn_scale:
+        if isinstance(head, DL2PAHead) and head.config.learn_scale:
             raise ValueError(f'{type(self).__name__} depends on cosines alone and would give the learned scale no '
                              f'gradient: make the head with learn_scale=False.')
+        has_many = isinstance(head, DL2PAHead) and head.num_classes > _MANY_CLASSES
+        super().__init__(head, reduction, class_weights, ignore_index, NUM_SAMPLED if has_many else None)
         self._warned = False
-        self._head = (head,)  # in a tuple, so that the head's parameters do not become the loss's
-        self.reduction = check_reduction(reduction)
         self.weight = real_number('weight', weight, 0, remedy='It is a factor on the whole loss: weights of the '
                                                               'classes are class_weights.')
-        self.ignore_index = whole_number('ignore_index', ignore_index)
-        self.class_weights = ClassWeights(head.num_classes, class_weights, self.ignore_index)
-
-    @property
-    def head(self) -> DL2PAHead:
-        return self._head[0]
 
     def _needs_cross_entropy(self) -> bool:
         return self.head.training and self.head.training_view.warmup_loss == 'cross_entropy'
@@ -53,30 +43,16 @@ class _PrototypeLoss(nn.Module):
                           f'during the warm-up, in which class vectors follow the embeddings. To train without a '
                           f"warm-up, use recipe='paper' or warmup='none'.", stacklevel=4)
 
-    def _takes_embeddings(self) -> bool:
-        return self.head.training and self.head.train_output == 'embeddings'
-
-    def _check_output(self, output: torch.Tensor) -> None:
-        embedded = self._takes_embeddings()
-        width = self.head.dim if embedded else self.head.num_classes
-        if not isinstance(output, torch.Tensor) or output.ndim != 2 or output.shape[1] != width:
-            what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f'output must be the {"embeddings" if embedded else "logits"} (B, {width}) that the head '
-                             f'returns now, not {what}.')
-
     def _cosines(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones and
-        in a warm-up."""
+        """Return the cosines in float32: (B,) with the target's prototype for hard targets, (B, C) for soft ones."""
         head = self.head
-        every = targets.ndim == 2 or self._needs_cross_entropy()
-        labels = targets if every else targets.where(targets != self.ignore_index, 0)
+        soft = targets.ndim == 2
+        labels = targets if soft else targets.where(targets != self.ignore_index, 0)
         if not self._takes_embeddings():
-            chosen = output if every else output.gather(1, labels.unsqueeze(1)).squeeze(1)
+            chosen = output if soft else output.gather(1, labels.unsqueeze(1)).squeeze(1)
             return chosen.float() / head.current_scale()
-        if every:
-            return head.cosines(output)
-        # The rows of the B targets alone: nothing here grows with the number of classes. gather refuses labels < 0.
-        return (output.float() * head.prototypes[head.assignment.gather(0, labels)]).sum(dim=1)
+        # Of hard targets the B rows alone: nothing here grows with the number of classes.
+        return head.cosines(output) if soft else (output.float() * head.vectors_of(labels)).sum(dim=1)
 
     def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss, float32: () or, with reduction 'none', (B,).
@@ -88,16 +64,12 @@ class _PrototypeLoss(nn.Module):
         Raises:
             ValueError: The shapes or dtypes do not fit.
         """
-        output = plain_tensor(output)
-        self._check_output(output)
-        targets = checked_targets(targets, output, self.head.num_classes)
-        cosines = self._cosines(output, targets)
+        output, targets = self._checked(output, targets)
         weights = self.class_weights(targets)
         if self._needs_cross_entropy():
             self._warn_once()
-            losses = nn.functional.cross_entropy(self.head.current_scale() * cosines, targets, weight=weights,
-                                                 ignore_index=self.ignore_index, reduction='none')
-            return reduced(losses, targets, self.reduction, weights, self.ignore_index)
+            return self._cross_entropy(output, targets, weights)
+        cosines = self._cosines(output, targets)
         if targets.ndim == 2:
             targets = self._shares(targets)
         factors = self._class_factors(targets)
@@ -123,7 +95,7 @@ class _PrototypeLoss(nn.Module):
         return None
 
     def extra_repr(self) -> str:
-        return f'reduction={self.reduction!r}, weight={self.weight:g}'
+        return f'{super().extra_repr()}, weight={self.weight:g}'
 
 
 class SquaredCosineLoss(_PrototypeLoss):

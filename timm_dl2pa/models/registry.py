@@ -13,7 +13,6 @@ from ..files.labels import read_label_names
 from ..files.source import find_files
 from ..head import check_same_assignment, default_scale, head_prefixes, load_neck
 from ..options import PREFIX, names_of
-from ..prototypes import make_prototypes
 from .budget import BuildBudget
 from .model_files import SavedModel, check_backbone, check_backbone_arguments, check_model, read_model
 from .wrapping import wrap_dl2pa
@@ -160,7 +159,7 @@ def _fit_head(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, tor
     neck_fits = True
     for prefix in head_prefixes(model.state_dict()):
         head = model.get_submodule(prefix.rstrip('.'))
-        head.assign(head.assignment, make_prototypes(head.config.num_prototypes, head.dim, seed=head.config.seed))
+        head.assign(head.assignment, head.config.first_prototypes())
         neck_state = {name.removeprefix(f'{prefix}neck.'): value for name, value in state.items()
                       if name.startswith(f'{prefix}neck.')}
         neck_fits = load_neck(head.neck, neck_state) and neck_fits

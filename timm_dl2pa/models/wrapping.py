@@ -13,7 +13,6 @@ import torch.nn as nn
 from ..files.labels import read_label_names
 from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
 from ..options import PREFIX, names_of
-from ..prototypes import make_prototypes
 from ..recipes import DEFAULT_RECIPE
 from .classifiers import (
     check_classes_agree,
@@ -229,7 +228,7 @@ class _ResetClassifier:
             points = None
         config = old.for_classes(num_classes, None if points is None else len(points))
         if points is None:
-            points = make_prototypes(config.num_prototypes, config.dim, seed=config.seed)
+            points = config.first_prototypes()
 
         def make_head(in_features: int, **factory_kwargs: Any) -> DL2PAHead:
             return DL2PAHead.from_config(replace(config, in_features=in_features), points, **factory_kwargs)
@@ -275,8 +274,8 @@ def wrap_dl2pa(
             of an `AssignmentScheduler` for the model.
         num_classes: C. Default: that of the model, which must agree with the rows of its classifiers.
         num_prototypes: K >= C. Default: C.
-        prototypes: (K, d) unit rows, or the path of a safetensors file of them. Default: `make_prototypes(K, d)` with
-            the seed.
+        prototypes: (K, d) unit rows, or the path of a safetensors file of them. Default: the best set that about two
+            seconds give. See `DL2PAHead`.
         neck: 'linear', 'linear_bn' (with batch norm), or 'none' if the features already have d dimensions. Default: the
             recipe's.
         scale: A fixed factor on the cosines in the logits. Default: learned if `learn_scale`, otherwise

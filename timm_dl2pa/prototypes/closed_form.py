@@ -1,24 +1,30 @@
 """Prototype sets in closed form: the regular simplex, orthogonal sums of simplices, and the regular polygon."""
 import numpy as np
 
-__all__ = ['orthogonal_simplices', 'random_frame', 'regular_polygon', 'regular_simplex']
+__all__ = ['orthogonal_simplices', 'random_frame', 'random_frames', 'regular_polygon', 'regular_simplex']
 
 
 def random_frame(num_vectors: int, dim: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw orthonormal vectors from the uniform (Haar) distribution.
+    """Draw n orthonormal vectors (n, d): see `random_frames`."""
+    return random_frames(1, num_vectors, dim, generator)[0]
+
+
+def random_frames(num_frames: int, num_vectors: int, dim: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw sets of orthonormal vectors from the uniform (Haar) distribution.
 
     The Q of a Gaussian matrix is uniform only once the signs of R's diagonal are moved into it (Mezzadri 2007).
 
     Args:
-        num_vectors: n, at most `dim`.
+        num_frames: m, the number of sets.
+        num_vectors: n, at most `dim`, the number of vectors in each.
         dim: d, the dimension of the space.
         generator: The source of random numbers.
 
     Returns:
-        (n, d) float64, orthonormal rows.
+        (m, n, d) float64, orthonormal rows in each set. They do not depend on how many are drawn at once.
     """
-    q, r = np.linalg.qr(generator.standard_normal((dim, num_vectors)))
-    return (q * np.sign(np.diagonal(r))).T
+    q, r = np.linalg.qr(generator.standard_normal((num_frames, dim, num_vectors)))
+    return (q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]).swapaxes(1, 2)
 
 
 def regular_simplex(num_points: int, dim: int, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize
 
 from .bounds import max_cosine_lower_bound
-from .closed_form import random_frame
+from .closed_form import random_frames
 from .energy import UNIFORMITY, pair_energy
 
 __all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'affordable_evaluations', 'cross_polytopes', 'optimise', 'sgd_recipe']
@@ -32,9 +32,12 @@ _MAX_STARTS = 300
 _NEAR_BOUND = 2e-3
 _ROUNDING = 1e-9
 _MAX_SYMMETRY_ORDER = 60
+# The most entries of the orthonormal bases that are made at once.
+_FRAME_ENTRIES = 2 ** 16
 
 
-def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, device: torch.device | str = 'cpu') -> int:
+def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, device: torch.device | str = 'cpu',
+                           entry_cost: int = 0) -> int:
     """Return how many evaluations of the objective the work budget allows.
 
     An evaluation counts as 2 K^2 (d + 30) + 3e5 multiply-adds. The budget is 2e11 of them, and 100 times as many on a
@@ -45,12 +48,13 @@ def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, devic
         dim: d, the dimension of the space.
         effort: Factor on the budget.
         device: The device of the evaluations.
+        entry_cost: Multiply-adds that an evaluation counts besides, for each of the K d numbers of the set.
 
     Returns:
         The number of evaluations, possibly 0.
     """
     work = effort * _WORK_BUDGET * (_GPU_SPEEDUP if torch.device(device).type == 'cuda' else 1)
-    return int(work // _evaluation_work(num_points, dim))
+    return int(work // (_evaluation_work(num_points, dim) + entry_cost * num_points * dim))
 
 
 def _evaluation_work(num_points: int, dim: int) -> int:
@@ -75,10 +79,17 @@ def cross_polytopes(num_points: int, dim: int, seed: int, dtype: type = np.float
     points = np.empty((num_points, dim), dtype)
     # In random order: the initial assignment gives class c prototype c, and it should favour no pairs of classes.
     order = generator.permutation(num_points)
-    for first in range(0, num_points, 2 * dim):
-        count = min(2 * dim, num_points - first)
-        basis = random_frame(min(dim, (count + 1) // 2), dim, generator)
-        points[order[first:first + count]] = np.concatenate([basis, -basis])[:count]
+    # Whole bases in blocks, whose entries fit in the processor's cache, then the rest.
+    whole = num_points // (2 * dim)
+    step = max(1, _FRAME_ENTRIES // (dim * dim))
+    blocks = [(min(step, whole - first), dim) for first in range(0, whole, step)]
+    rest = num_points - 2 * dim * whole
+    first = 0
+    for number, size in [*blocks, *([(1, (rest + 1) // 2)] if rest else [])]:
+        bases = random_frames(number, size, dim, generator)
+        signed = np.concatenate([bases, -bases], axis=1).reshape(-1, dim)[:num_points - first]
+        points[order[first:first + len(signed)]] = signed
+        first += len(signed)
     return points
 
 
@@ -90,6 +101,7 @@ def optimise(
         *,
         starts: Iterable[np.ndarray] = (),
         effort: float = 1.0,
+        evaluations: int | None = None,
         device: torch.device | str = 'cpu',
         report: Callable[[float], None] = lambda share: None,
 ) -> np.ndarray:
@@ -112,6 +124,7 @@ def optimise(
         seed: Seed of the random starts.
         starts: Additional starts, (K, d) unit rows each.
         effort: Factor on the work budget (see `affordable_evaluations`). At least `MIN_EVALUATIONS` are done.
+        evaluations: How many are done, whatever the budget allows.
         device: The device of the evaluations.
         report: Called with the share of the work done so far, from 0 to 1.
 
@@ -119,7 +132,8 @@ def optimise(
         (K, d) float64 unit rows.
     """
     generator = np.random.default_rng(seed)
-    evaluations = max(MIN_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
+    if evaluations is None:
+        evaluations = max(MIN_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
     budget = _Budget(evaluations, _EVALUATION_OVERHEAD / _evaluation_work(num_points, dim), report)
     descend = _Descent(device, budget)
     if objective == 'uniform':

@@ -1,23 +1,33 @@
 """The loss of a training: the script's criterion or one of our losses, and class weights by the classes' frequency."""
+from typing import Any
+
 import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from ..head import DL2PAHead
-from ..losses import BalancedSoftmaxLoss, DotRegressionLoss, SquaredCosineLoss, WeightedCrossEntropyLoss
+from ..losses import (
+    BalancedSoftmaxLoss,
+    DotRegressionLoss,
+    SampledCrossEntropyLoss,
+    SquaredCosineLoss,
+    WeightedCrossEntropyLoss,
+)
 from ..options import PluginOptions
 
-__all__ = ['OUR_LOSSES', 'PROTOTYPE_LOSSES', 'make_criterion']
+__all__ = ['HEAD_LOSSES', 'OUR_LOSSES', 'make_criterion']
 
 # Those that take embeddings too.
-PROTOTYPE_LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss}
-OUR_LOSSES = (*PROTOTYPE_LOSSES.values(), WeightedCrossEntropyLoss)  # balanced softmax is one of the latter
+HEAD_LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss,
+               'sampled_cross_entropy': SampledCrossEntropyLoss}
+OUR_LOSSES = (*HEAD_LOSSES.values(), WeightedCrossEntropyLoss)  # balanced softmax is one of the latter
 
 
 def make_criterion(criterion: nn.Module, options: PluginOptions, head: DL2PAHead) -> tuple[nn.Module, str]:
     """Return the loss that the options ask for in place of a script's criterion.
 
     Args:
-        criterion: The script's. With class weights, PyTorch's and timm's kinds of cross-entropy become ours.
+        criterion: The script's. With class weights, PyTorch's and timm's kinds of cross-entropy become ours. The
+            sampled cross-entropy takes over their label smoothing.
         options: The options of the training.
         head: The main head of the model.
 
@@ -39,20 +49,30 @@ def make_criterion(criterion: nn.Module, options: PluginOptions, head: DL2PAHead
     remark = f' (in place of {name}{weighted})'
     if options.loss == 'balanced_softmax':
         return BalancedSoftmaxLoss(head.num_classes, class_weights=weights).to(head.prototypes.device), remark
-    return PROTOTYPE_LOSSES[options.loss](head, **options.loss_arguments(), class_weights=weights), remark
+    arguments = options.loss_arguments()
+    if options.loss == 'sampled_cross_entropy':
+        arguments |= _cross_entropy_arguments(criterion) or {}
+        smoothing = arguments.get('label_smoothing')
+        remark = f' (in place of {name}{f", with its smoothing {smoothing:g}" if smoothing else ""}{weighted})'
+    return HEAD_LOSSES[options.loss](head, **arguments, class_weights=weights), remark
+
+
+def _cross_entropy_arguments(criterion: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments with which our cross-entropies are a script's criterion; None if it is no cross-entropy."""
+    kind = type(criterion)
+    if kind is LabelSmoothingCrossEntropy:
+        return {'label_smoothing': criterion.smoothing}
+    if kind is nn.CrossEntropyLoss and criterion.weight is None:
+        return {'label_smoothing': criterion.label_smoothing, 'ignore_index': criterion.ignore_index,
+                'reduction': criterion.reduction}
+    return {} if kind is SoftTargetCrossEntropy else None
 
 
 def _weighted(criterion: nn.Module, head: DL2PAHead, class_weights: str) -> nn.Module:
     """Return a script's criterion with class weights, or raise a ValueError if it is no cross-entropy."""
-    kind = type(criterion)
-    if kind is LabelSmoothingCrossEntropy:
-        arguments = {'label_smoothing': criterion.smoothing}
-    elif kind is SoftTargetCrossEntropy:
-        arguments = {}
-    elif kind is nn.CrossEntropyLoss and criterion.weight is None:
-        arguments = {'label_smoothing': criterion.label_smoothing, 'ignore_index': criterion.ignore_index,
-                     'reduction': criterion.reduction}
-    else:
+    arguments = _cross_entropy_arguments(criterion)
+    if arguments is None:
+        kind = type(criterion)
         name = getattr(criterion, '__name__', kind.__name__)
         reason = 'has weights of its own' if kind is nn.CrossEntropyLoss else \
             'is no cross-entropy, which alone takes them'

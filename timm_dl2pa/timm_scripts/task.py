@@ -16,7 +16,7 @@ from ..head import heads_of
 from ..options import named_as_options
 from ..scheduling import AssignmentScheduler, AssignmentUpdate, BackboneModes, Duration, Primer
 from .creation import plugin_options
-from .criterion import OUR_LOSSES, PROTOTYPE_LOSSES, make_criterion
+from .criterion import HEAD_LOSSES, OUR_LOSSES, make_criterion
 
 __all__ = ['DL2PATask', 'task_class_for']
 
@@ -60,7 +60,7 @@ class DL2PATask(TrainingTask):
         self.criterion, loss_description = make_criterion(self.criterion, options, head)
         # In training these losses need no (B, C) logits. Other distillation tasks compare logits, and a model with
         # several classifiers averages them.
-        if options.loss in PROTOTYPE_LOSSES and len(self.dl2pa_heads) == 1 \
+        if options.loss in HEAD_LOSSES and len(self.dl2pa_heads) == 1 \
                 and isinstance(self, (ClassificationTask, FeatureDistillationTask)):
             head.config = replace(head.config, train_output='embeddings')
         self.dl2pa_heads[0].training_view.on_mode = self._on_mode
@@ -289,7 +289,7 @@ class DL2PATask(TrainingTask):
             self._primer = None
 
     def _criterion_state(self) -> dict[str, torch.Tensor] | None:
-        """Return the class counts of a loss of this package; None if it has none."""
+        """Return the state of a loss of this package (class counts, number of samples drawn); None of another."""
         if not isinstance(self.criterion, OUR_LOSSES):
             return None
         return {name: value.cpu().clone() for name, value in self.criterion.state_dict().items()}
