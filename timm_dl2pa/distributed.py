@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ['add_over_ranks', 'check_on_every_rank', 'is_distributed', 'rank', 'solve_on_rank_0']
+__all__ = ['add_over_ranks', 'check_on_every_rank', 'gather_over_ranks', 'is_distributed', 'largest_over_ranks', 'rank',
+           'solve_on_rank_0']
 
 T = TypeVar('T')
 
@@ -30,6 +31,27 @@ def add_over_ranks(*tensors: torch.Tensor) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all processes, those of rank 0 first. Outside a distributed run they are the tensor's.
+
+    Args:
+        tensor: (m, ...), of the same shape and dtype in every process.
+    """
+    if not is_distributed():
+        return tensor
+    gathered = tensor.new_empty((dist.get_world_size() * len(tensor), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def largest_over_ranks(number: int, device: torch.device) -> int:
+    """Return the largest of the whole numbers of all processes. Waits for the device."""
+    largest = torch.tensor(number, device=device)
+    if is_distributed():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def check_on_every_rank(check: Callable[[], None], device: torch.device) -> None:

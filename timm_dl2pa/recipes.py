@@ -27,15 +27,15 @@ class Recipe:
     loss: str = 'criterion'
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     warmup: str = 'none'
-    warmup_length: str = 'half'
+    warmup_length: str = '80 %'
     momentum: float = 0.5
     memory: float | None = None
     random_start: bool = False
 
 
 RECIPES = {recipe.name: recipe for recipe in (
-    # Prototypes move with their classes for half of the training, then they are fixed: accuracy in few dimensions.
-    Recipe(name='placed', warmup='placed', warmup_length='half'),
+    # Prototypes move with their classes for four fifths of the training, then they are fixed: accuracy.
+    Recipe(name='placed', warmup='placed'),
     # Evenly spread prototypes, rotated as a whole once and matched, then fixed: margins that are known.
     Recipe(name='even', warmup='rotated', warmup_length='1 epoch'),
     # DL2PA, section 3, to the letter: evenly spread prototypes that never move, a random first assignment, class means

@@ -13,6 +13,12 @@ def unit(*shape):
     return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
+def move(placed, vectors, embeddings, targets, scale, share=None):
+    """Return all vectors (C, d) after a batch."""
+    classes, moved = placed.moved(vectors.__getitem__, embeddings, targets, scale, share)
+    return vectors.index_copy(0, classes, moved)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -25,11 +31,11 @@ def plugin():
 
 
 @pytest.mark.parametrize('soft', [False, True])
-@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.4, 5.0), (0.7, 5.0), (0.7, 20.0)])
-@pytest.mark.parametrize('rows', [2, 40])
-def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evenness, scale, rows):
+@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.4, 5.0), (9.0, 5.0), (0.7, 20.0)])
+@pytest.mark.parametrize('rows, share', [(2, 0.0), (40, 0.25), (40, None)])
+def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evenness, scale, rows, share):
     """Against autograd, over two steps: the second allows for the class frequencies of the first. With 40 rows and an
-    evenness of 0.7 the energy's part is as long as it may be."""
+    evenness of 9 the energy's part is as long as it may be."""
     classes, dim, scale = 6, 4, torch.tensor(scale)
     ours = PrototypePlacement(classes, evenness)
     vectors, counts, seen = unit(classes, dim), torch.ones(classes), 0.0
@@ -41,13 +47,13 @@ def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evennes
         cross_entropy = torch.nn.functional.cross_entropy(scale * embeddings @ leaf.t() + counts.log(), targets)
         pairs = torch.triu_indices(classes, classes, 1)
         energy = (4 * ((leaf[pairs[0]] * leaf[pairs[1]]).sum(1) - 1)).exp().mean().log()
-        samples = min(rows / classes, 0.5)
-        rate = samples / (5.5 + seen / 9)
-        seen += samples
-        spread = min(rate * evenness, 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
-        (classes * (rate * cross_entropy + spread * energy)).backward()
-        expected = torch.nn.functional.normalize(vectors - leaf.grad, dim=1)
-        moved = ours.moved(vectors, embeddings, targets, scale)
+        seen += rows / classes
+        rate = min(3 * rows / 64, classes / 8) * (1 / (1 + seen / 50) if share is None else 1 - share)
+        spread = min(rate * evenness, classes * 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
+        (rate * cross_entropy + spread * energy).backward()
+        tangent = leaf.grad - (leaf.grad * vectors).sum(dim=1, keepdim=True) * vectors
+        expected = torch.nn.functional.normalize(vectors - tangent, dim=1)
+        moved = move(ours, vectors, embeddings, targets, scale, share)
         assert torch.allclose(moved, expected, atol=1e-5) and not torch.allclose(moved, vectors, atol=1e-3)
         counts += targets.sum(0) if soft else one_hot.sum(0)
         vectors = moved
@@ -57,11 +63,12 @@ def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
     vectors = unit(240, 3)
     ours = PrototypePlacement(240, 1.0)
     monkeypatch.setattr(placement, '_BLOCK', 240)
-    whole = torch.mm(*ours._repulsion(vectors))
+    weights = torch.ones(240, 1)
+    whole = torch.mm(*ours._repulsion(vectors, weights))
     monkeypatch.setattr(placement, '_BLOCK', 80)
     parts = []
     for ours.steps in range(4):
-        parts.append(torch.mm(*ours._repulsion(vectors)))
+        parts.append(torch.mm(*ours._repulsion(vectors, weights)))
     assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
     mean = sum(parts[:3]) / 3
     assert (mean - whole).norm() < 0.2 * whole.norm() < (parts[0] - whole).norm()
@@ -73,7 +80,7 @@ def test_strong_evenness_does_not_overshoot(evenness):
     classes, dim = 6, 16
     ours, vectors, scale = PrototypePlacement(classes, evenness), unit(classes, dim), torch.tensor(4.0)
     for _ in range(100):
-        vectors = ours.moved(vectors, unit(64, dim), torch.randint(0, classes, (64,)), scale)
+        vectors = move(ours, vectors, unit(64, dim), torch.randint(0, classes, (64,)), scale)
     cosines = (vectors @ vectors.t())[~torch.eye(classes, dtype=torch.bool)]
     assert torch.allclose(cosines, torch.tensor(-1 / (classes - 1)), atol=0.1), cosines
 
@@ -82,16 +89,16 @@ def test_a_step_that_is_not_finite_moves_nothing():
     ours, vectors, labels = PrototypePlacement(6, 0.3), unit(6, 4), torch.tensor([0, 1])
     embeddings = unit(2, 4)
     embeddings[1] = float('nan')
-    assert torch.equal(ours.moved(vectors, embeddings, labels, torch.tensor(5.0)), vectors)
-    assert not torch.equal(ours.moved(vectors, embeddings[:1], labels[:1], torch.tensor(5.0)), vectors)
+    assert torch.equal(move(ours, vectors, embeddings, labels, torch.tensor(5.0)), vectors)
+    assert not torch.equal(move(ours, vectors, embeddings[:1], labels[:1], torch.tensor(5.0)), vectors)
 
 
-def test_a_step_to_the_origin_moves_nothing(monkeypatch):
-    """d = 1, and a scale at which the step is exactly as long as the vector, and opposite."""
-    monkeypatch.setattr(placement, '_MEMORY', 4.0)
-    ours, vectors = PrototypePlacement(2, 0.0), torch.ones(2, 1)
-    ours.counts.copy_(torch.tensor([0.0, 1e30]))    # all probability is on the second class
-    assert ours.moved(vectors, -vectors[:1], torch.tensor([0]), torch.tensor(4.0)).tolist() == [[1.0], [1.0]]
+def test_a_placement_comes_to_rest_when_its_end_is_known():
+    ours, vectors, labels = PrototypePlacement(6, 0.3), unit(6, 4), torch.tensor([0, 1])
+    embeddings, steps = unit(2, 4), []
+    for share in (0.0, 0.5, 0.9, 1.0):
+        steps.append(float((move(ours, vectors, embeddings, labels, torch.tensor(5.0), share) - vectors).norm()))
+    assert steps == sorted(steps, reverse=True) and steps[-1] < 1e-6 < 0.02 < steps[0]
 
 
 def test_by_default_the_fewer_dimensions_the_less_even():

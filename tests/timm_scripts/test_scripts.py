@@ -189,7 +189,7 @@ def test_what_train_offers(training, offer):
     record, checkpoint = training.record('run'), training.checkpoint('run')
     assert [row['epoch'] for row in record] == ['1', '2'], said[-3000:]
     assert all(float(row['objective']) >= float(row['objective_before']) - 1e-9 for row in record)
-    assert checkpoint['task_state']['dl2pa']['scheduler']['epochs'] == 2
+    assert checkpoint['task_state']['dl2pa']['scheduler']['clock']['epochs'] == 2
     assignment = checkpoint['state_dict']['fc.assignment']
     assert len(assignment.unique()) == CLASSES
     if 'ema' in offer:
@@ -334,7 +334,7 @@ def test_resume_from_recovery(training):
     training.train('broken', *ORDERED, '--recovery-interval', '2', kill_after=BATCHES + 2, **options)
     recovery = training.file('broken', 'recovery-1-1.pth.tar')
     state = torch.load(recovery, weights_only=False)['task_state']['dl2pa']
-    assert state['batches'] == 2 and state['scheduler']['steps'] == BATCHES + 2
+    assert state['batches'] == 2 and state['scheduler']['clock']['batches'] == BATCHES + 2
     said = training.train('resumed', *ORDERED, '--resume', str(recovery), **options)
     assert f'after epoch 2, batch {BATCHES + 2}:' in said
 

@@ -315,7 +315,7 @@ def test_what_a_script_offers(tmp_path, offer):
     assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
     assert all(map(torch.isfinite, map(torch.tensor, task.losses)))
     state = load(tmp_path / 'last.pth.tar')
-    assert state['task_state']['dl2pa']['scheduler']['steps'] == 3 * BATCHES
+    assert state['task_state']['dl2pa']['scheduler']['clock']['batches'] == 3 * BATCHES
     for head in task.dl2pa_heads:
         assert torch.equal(head.assignment, task.dl2pa_heads[0].assignment)
     kind = HEAD_LOSSES.get(options.get('dl2pa_loss'))
@@ -539,7 +539,7 @@ def test_a_recovery_checkpoint_holds_the_state_of_its_moment(tmp_path):
         train(tmp_path, die_after=BATCHES + 2, recovery_interval=2, **options)
     recovery = tmp_path / 'recovery-1-1.pth.tar'
     state = load(recovery)['task_state']['dl2pa']
-    assert state['batches'] == 2 and state['scheduler']['steps'] == BATCHES + 2 and state['scheduler']['epochs'] == 1
+    assert state['batches'] == 2 and state['scheduler']['clock']['batches'] == BATCHES + 2 and state['scheduler']['clock']['epochs'] == 1
     task = train(tmp_path, resume=recovery, **options)
     # timm skips the rest of that epoch; our epoch is over with it.
     assert [(update.epoch, update.step) for update in task.assignment_scheduler.history] == [

@@ -380,12 +380,14 @@ class DL2PAHead(SavedModule, nn.Module):
         self._stamps = buffer_stamps(self)
 
     @torch.no_grad()
-    def move_class_prototypes(self, vectors: torch.Tensor) -> None:
-        """Replace the prototype of each class by a row of `vectors`, (C, d) float32 unit rows, unchecked."""
+    def move_class_prototypes(self, vectors: torch.Tensor, classes: torch.Tensor | None = None) -> None:
+        """Replace the prototypes of classes (n,) int64, all by default, by `vectors`, (n, d) float32 unit rows; both
+        unchecked. Where a class occurs twice, so must its vector."""
+        rows = self.assignment if classes is None else self.assignment[classes]
         if self.training_view.compiled:
-            self._replace('prototypes', self.prototypes.index_copy(0, self.assignment, vectors))
-        else:  # one pass over the prototypes
-            self.prototypes.index_copy_(0, self.assignment, vectors)
+            self._replace('prototypes', self.prototypes.index_copy(0, rows, vectors))
+        else:  # only the rows that move
+            self.prototypes.index_copy_(0, rows, vectors)
         if not self.config.own_prototypes:
             self.config = replace(self.config, own_prototypes=True)
 

@@ -21,9 +21,12 @@ class ClassSample(NamedTuple):
         log_weights: (B + n,) float32, the logarithm of the number of classes that each stands for: 0 for the first
             occurrence of each label; -inf for every further one, for labels that are left out, and for sampled classes
             that are labels too; log w for the other sampled classes.
+        rows: (B + n,) int64, for each entry the first one of the same class: the one whose weight is not zero, unless
+            the label is left out.
     """
     classes: torch.Tensor
     log_weights: torch.Tensor
+    rows: torch.Tensor
 
 
 class ClassSampler(nn.Module):
@@ -89,11 +92,14 @@ class ClassSampler(nn.Module):
         is_first = ordered < self.num_classes
         is_first[1:] &= ordered[1:] != ordered[:-1]
         is_present = torch.empty_like(is_first).scatter_(0, order, is_first)[:-1]
-        is_other = ordered[torch.searchsorted(ordered, drawn)] != drawn
+        classes = torch.cat([labels, drawn])
+        place = torch.searchsorted(ordered, classes)
+        rows = torch.where(ordered[place] == classes, order[place], torch.arange(len(classes), device=labels.device))
+        is_other = rows[len(labels):] >= len(labels)
         weight = (self.num_classes - is_first.sum()) / is_other.sum().clamp_min(1)
         log_weights = torch.cat([torch.where(is_present, 0.0, -math.inf),
                                  torch.where(is_other, weight.log(), -math.inf)])
-        return ClassSample(torch.cat([labels, drawn]), log_weights.float())
+        return ClassSample(classes, log_weights.float(), rows)
 
     def classes_of(self, step: torch.Tensor) -> torch.Tensor:
         """Return the classes (n,) int64 that are sampled at a step, () int64."""

@@ -82,7 +82,7 @@ class HeadLoss(nn.Module):
                  label_smoothing: float) -> torch.Tensor:
         kept = labels != self.ignore_index
         labels = labels.where(kept, 0)
-        classes, log_weights = self.sampler(labels, kept)
+        classes, log_weights, _ = self.sampler(labels, kept)
         logits = self.head.current_scale() * cosines(embeddings, self.head.vectors_of(classes))
         log_total = (logits + log_weights).logsumexp(dim=1)
         losses = log_total - logits.diagonal()  # column i is of the class of sample i

@@ -81,6 +81,8 @@ class Clock:
     def __init__(self, total: Duration | None = None):
         self.batches = 0
         self.epochs = 0
+        self.epoch_began = 0  # after so many batches
+        self.epoch_length = 0  # batches of the last epoch
         self.total = total
 
     @property
@@ -99,6 +101,7 @@ class Clock:
         """Count one more batch or epoch ('batches' or 'epochs'), and return how many there are now."""
         if unit == 'epochs':
             self.epochs += 1
+            self.epoch_began, self.epoch_length = self.batches, self.batches - self.epoch_began
             return self.epochs
         self.batches += 1
         return self.batches
@@ -130,3 +133,32 @@ class Clock:
         """Return whether a duration, in whatever unit, has passed since the training began."""
         duration = self.resolve(duration)
         return (self.epochs if duration.unit == 'epochs' else self.batches) >= duration.count
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the numbers that were counted."""
+        return {'batches': self.batches, 'epochs': self.epochs, 'epoch_began': self.epoch_began,
+                'epoch_length': self.epoch_length}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over a checked state."""
+        self.batches, self.epochs = state['batches'], state['epochs']
+        self.epoch_began, self.epoch_length = state['epoch_began'], state['epoch_length']
+
+    def check_state(self, state: dict[str, int]) -> None:
+        """Raise a ValueError unless a state has all the numbers."""
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
+            raise ValueError(f'the saved state of the clock must have {", ".join(self.state_dict())}.')
+
+    def share_of(self, duration: Duration) -> float | None:
+        """Return which share of a duration from the beginning has passed, from 0 to 1; None where it never passes.
+
+        Of the first epoch nobody knows how long it is: its share is 0 until it is over.
+        """
+        duration = self.resolve(duration)
+        if math.isinf(duration.count):
+            return None
+        passed: float = self.batches
+        if duration.unit == 'epochs':
+            passed = self.epochs + (min(1, (self.batches - self.epoch_began) / self.epoch_length)
+                                    if self.epoch_length else 0)
+        return min(1.0, passed / duration.count)

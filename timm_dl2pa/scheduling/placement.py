@@ -1,13 +1,14 @@
 """The warm-up 'placed': prototypes follow the embeddings of their classes, and the paper's energy keeps them apart."""
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from ..assignment import AssignmentResult
-from ..distributed import add_over_ranks
-from ..head import DL2PAHead
+from ..distributed import add_over_ranks, gather_over_ranks, is_distributed, largest_over_ranks, rank
+from ..head import ClassSample, ClassSampler, DL2PAHead
 from ..prototypes.energy import UNIFORMITY
 from ..values import real_number
 from .targets import shares_of
@@ -15,48 +16,62 @@ from .warmup import Warmup
 
 __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
 
-# A class vector follows about the last 5.5 samples of its class, and a ninth of all seen so far. So it moves fast while
-# the network is young, and at the end of the warm-up it averages over many samples.
-_MEMORY = 5.5
-_MEMORY_SHARE = 1 / 9
-# Samples per class that one batch counts for, at most. Where classes are few, faster starts overshoot.
-_LARGEST = 0.5
+# Step of the class vectors at the beginning, in units of the gradient of the batch's mean cross-entropy: what SGD with
+# the learning rate 0.8 and momentum 0.9 does to unit vectors. Smaller where one sample, or one class of few,
+# would move a vector too far.
+_RATE = 8.0
+_RATE_PER_SAMPLE = 1 / 8
+_RATE_PER_CLASS = 1 / 8
+# Where nobody knows when the warm-up ends: samples per class after which the step is half as long.
+_HALVED_AFTER = 50
 # Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
 # From two over it on, the steps would overshoot and scatter the classes.
 _LONGEST = 1.5
 # Number of classes whose repulsion one step computes: all of them up to here, beyond it one block after the other.
 _BLOCK = 128
+# Beyond so many classes a batch moves the vectors of its own classes, and of a sample of so many others.
+MANY_CLASSES = 8192
+NUM_SAMPLED = 2048
 
 
 class PrototypePlacement:
-    """Moves class vectors (C, d) along a running statistic of the embeddings; no parameters, no optimiser.
+    """Moves class vectors (C, d) down the gradient of a classifier's loss; no parameters, no optimiser.
 
     With unit embeddings z_i, (soft) targets y_ic, the class frequencies f_c seen so far, and the probabilities
     pi_ic of `scale * <z_i, v_c> + log f_c`, a batch of B samples moves each unit class vector to
 
-        v_c <- u_c / |u_c|,    u_c = v_c + r * scale * C / B * sum_i (y_ic - pi_ic) z_i - e * C * dU/dv_c
+        v_c <- u_c / |u_c|,    u_c = v_c + P_c (r * scale / B * sum_i (y_ic - pi_ic) z_i - e * dU/dv_c)
 
-    where U is the paper's uniformity, the log of the mean of exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5),
-    r = b / (5.5 + n / 9), with b = min(B / C, 0.5) and n the sum of the b before, and e = r * evenness, but no more
-    than about one over the largest curvature of C * U at an evenly spread set. The first term is the direction in which
-    the cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021,
-    logit adjustment); the second spreads them. A step that is not finite, or ends in the origin, leaves a vector where
+    where P_c is the projection onto the tangent space at v_c and U is the paper's uniformity, the log of the mean of
+    exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5). The first term is the direction in which the cross-entropy of
+    a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the
+    second spreads them. The step is `r = min(8, B / 8, C / 8) * (1 - s)`, where s is the share of the warm-up that
+    is over: so the vectors have come to rest when they are fixed. Where s is not known it is `1 / (1 + n / 50)` in the
+    last factor's place, after n samples per class. e = r * evenness, but C e is no more than about one over the largest
+    curvature of C * U at an evenly spread set. A step that is not finite, or ends in the origin, leaves a vector where
     it is.
+
+    Of more than 8,192 classes a batch moves its own and a sample of 2,048 others: sums over classes are estimated, and
+    each sampled class's step is as many times as long as it stands for classes (`ClassSampler`). Then time and memory
+    do not grow with C.
 
     In a distributed run every process has the same vectors: the batches are added up.
 
     Args:
         num_classes: C.
         evenness: Weight of the second term, at least 0 and finite. 0: nothing keeps prototypes apart but the classes.
+        seed: Of the samples of classes.
         device: Where the counts (C,) live, float32.
     """
 
-    def __init__(self, num_classes: int, evenness: float, device: torch.device | str | None = None):
+    def __init__(self, num_classes: int, evenness: float, seed: int = 0, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
         self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
         self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
+        self._sampler = ClassSampler(num_classes, NUM_SAMPLED, seed) if num_classes > MANY_CLASSES else None
+        self._capacity: int | None = None
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
         """Move what was counted, in place."""
@@ -66,58 +81,105 @@ class PrototypePlacement:
     @torch.no_grad()
     def moved(
             self,
-            vectors: torch.Tensor,
+            vectors_of: Callable[[torch.Tensor], torch.Tensor],
             embeddings: torch.Tensor,
             targets: torch.Tensor,
             scale: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the class vectors after a batch, (C, d) float32 unit rows; never waits for the device.
+            share: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return classes (n,) int64, and their vectors after a batch, (n, d) float32 unit rows.
+
+        A class that occurs twice has the same vector twice. Never waits for the device, but for the first batch of a
+        distributed run with more than 8,192 classes.
 
         Args:
-            vectors: (C, d) unit rows, float32.
+            vectors_of: Returns the vectors (n, d) of classes (n,), unit rows, float32.
             embeddings: (B, d) unit rows.
             targets: As for `ClassMeans.add`.
             scale: (), the factor on the cosines in the logits.
+            share: Of the warm-up that is over, from 0 to 1; None where nobody knows.
+
+        Raises:
+            RuntimeError: There are more than 8,192 classes, and a process of a distributed run has a larger batch than
+                any had at first.
         """
         embeddings = embeddings.float()
-        counts, weights = torch.zeros_like(self.counts), torch.zeros_like(embeddings[:, :1])
-        shares = []
-        for labels, share in shares_of(targets, self.num_classes):
-            counts.index_add_(0, labels, share.squeeze(1))
-            weights += share
-            shares.append((labels, share))
-        # Factors go onto the few embeddings and the block, so that few passes over (C, d) are left.
+        labels, shares = (torch.cat(parts) for parts in zip(*shares_of(targets, self.num_classes)))
+        sample, rows, counted = self._classes(labels, shares)
         with torch.autocast(embeddings.device.type, enabled=False):
-            probabilities = (scale * embeddings @ vectors.t() + (self.counts + 1).log()).softmax(dim=1)
-            add_over_ranks(counts)
-            self.counts += counts
-            size = counts.sum()
-            samples = (size / self.num_classes).clamp(max=_LARGEST)
-            rate = samples / (_MEMORY + _MEMORY_SHARE * self.seen)
-            self.seen += samples
-            pull = rate * scale * self.num_classes / size.clamp_min(1e-6) * embeddings
-            step = (weights * probabilities).t() @ -pull
-            for labels, share in shares:
-                step.index_add_(0, labels, share * pull)
+            vectors = vectors_of(sample.classes)
+            prior = (self.counts[sample.classes] + 1).log() + sample.log_weights
+            probabilities = (scale * embeddings @ vectors.t() + prior).softmax(dim=1)
+            self._count(*counted)
+            rate = self._rate(counted[1].sum(), share)
+            # Factors go onto the few embeddings and the block, so that few passes over (n, d) are left.
+            pull = scale / counted[1].sum().clamp_min(1e-6) * embeddings
+            step = (shares.view(-1, len(embeddings)).sum(dim=0).unsqueeze(1) * probabilities).t() @ -pull
+            step.index_add_(0, rows, shares * pull.repeat(len(labels) // len(embeddings), 1))
             add_over_ranks(step)
-            kernel, chosen = self._repulsion(vectors)
-            spread = (rate * self.evenness).clamp(max=_LONGEST / _curvature(*vectors.shape))
-            step.addmm_(kernel, -spread * chosen).add_(vectors)
+            weights = sample.log_weights.exp().unsqueeze(1)
+            spread = (weights * rate * self.evenness / self.num_classes).clamp(
+                max=_LONGEST / _curvature(self.num_classes, vectors.shape[1]))
+            kernel, chosen = self._repulsion(vectors, weights)
+            step.mul_(rate).sub_(spread * (kernel @ chosen))
+            step.sub_((step * vectors).sum(dim=1, keepdim=True) * vectors).add_(vectors)
             length = step.norm(dim=1, keepdim=True)
         self.steps += 1
-        return torch.where(length.isfinite() & (length > 0), step.div_(length), vectors)
+        moved = torch.where(length.isfinite() & (length > 0), step.div_(length), vectors)
+        return sample.classes, moved if self._sampler is None else moved[sample.rows]
 
-    def _repulsion(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors, (C, n) and (n, d), of C times the gradient of the uniformity; for very many classes, of its
-        estimate from a block."""
+    def _classes(self, labels: torch.Tensor, shares: torch.Tensor) -> tuple[
+            ClassSample, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Return the classes that a batch moves, the rows in them of its labels (m,), and the labels with their shares
+        (m, 1) of all processes."""
+        if self._sampler is None:
+            every = torch.arange(self.num_classes, device=labels.device)
+            counts = torch.zeros_like(self.counts).index_add_(0, labels, shares.squeeze(1))
+            add_over_ranks(counts)
+            return ClassSample(every, torch.zeros_like(counts), every), labels, (every, counts.unsqueeze(1))
+        everyone, everyones = labels, shares
+        if is_distributed():
+            if self._capacity is None:
+                self._capacity = largest_over_ranks(len(labels), labels.device)
+            if len(labels) > self._capacity:
+                raise RuntimeError(f'a batch has {len(labels)} labels, but the largest of the first batches of all '
+                                   f'processes had {self._capacity}: of more than {MANY_CLASSES} classes the places '
+                                   f"of 'placed' need batches that do not grow.")
+            missing = self._capacity - len(labels)
+            everyone = gather_over_ranks(nn.functional.pad(labels, (0, missing)))
+            everyones = gather_over_ranks(nn.functional.pad(shares, (0, 0, 0, missing)))
+        sample = self._sampler(everyone)
+        first = rank() * (self._capacity or 0)
+        return sample, sample.rows[first:first + len(labels)], (everyone, everyones)
+
+    def _count(self, labels: torch.Tensor, shares: torch.Tensor) -> None:
+        self.counts.index_add_(0, labels, shares.squeeze(1))
+        self.seen += shares.sum() / self.num_classes
+
+    def _rate(self, size: torch.Tensor, share: float | None) -> torch.Tensor:
+        """Return the step, (), for a batch of that size when that share of the warm-up is over."""
+        rate = (_RATE_PER_SAMPLE * size).clamp(max=min(_RATE, _RATE_PER_CLASS * self.num_classes))
+        return rate / (1 + self.seen / _HALVED_AFTER) if share is None else rate * (1 - share)
+
+    def _repulsion(self, vectors: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors, (n, m) and (m, d), of C times the gradient of the uniformity; of many classes, of its estimate
+        from a block.
+
+        Args:
+            vectors: (n, d) unit rows.
+            weights: (n, 1), the number of classes that each row stands for.
+        """
         count = len(vectors)
         others = torch.arange(min(count, _BLOCK), device=vectors.device)
-        if count > _BLOCK:
+        if self._sampler is not None:
+            others += count - len(others)  # sampled ones, not the batch's
+        elif count > _BLOCK:
             others = (others + self.steps * _BLOCK) % count
         chosen = vectors[others]
         kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp_()
         kernel[others, torch.arange(len(others), device=vectors.device)] = 0.0
-        return kernel, 2 * UNIFORMITY * count / kernel.sum() * chosen
+        kernel *= weights[others].t() > 0
+        return kernel, 2 * UNIFORMITY * self.num_classes / (weights * kernel).sum() * chosen
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
         """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
@@ -128,15 +190,17 @@ class PrototypePlacement:
         self.counts = state['counts'].to(self.counts.device, copy=True)
         self.seen = torch.full_like(self.seen, state['seen'])
         self.steps = state['steps']
+        if self._sampler is not None:
+            self._sampler.step.fill_(self.steps)
 
 
 def default_evenness(num_classes: int, dim: int) -> float:
-    """Return how strongly prototypes are kept apart by default: (2 d / C)^2, at most 4.
+    """Return how strongly prototypes are kept apart by default: 0.4 (d / C)^2, at most 0.4.
 
     Fitted in trials (`benchmarks/results/accuracy_trials.md`): the fewer dimensions there are to each class, the less
     even spread helps. From d = C on, where the even set is a simplex, more dimensions change nothing.
     """
-    return (2 * min(dim / num_classes, 1)) ** 2
+    return 0.4 * min(dim / num_classes, 1) ** 2
 
 
 def check_evenness(evenness: float) -> None:
@@ -174,22 +238,22 @@ class PlacedWarmup(Warmup):
         if evenness is None:
             evenness = default_evenness(head.num_classes, head.dim)
         check_evenness(evenness)
-        self.placement = PrototypePlacement(head.num_classes, evenness, device=head.prototypes.device)
+        self.placement = PrototypePlacement(head.num_classes, evenness, head.config.seed, head.prototypes.device)
 
     @property
     def settings(self) -> dict[str, float]:
         """`evenness`."""
         return {'evenness': float(self.placement.evenness)}
 
-    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor, share: float | None = None) -> None:
         """Move the prototypes by a batch. See `Warmup.add`."""
         head = self.heads[0]
         scale = head.training_view.scale
         if scale is None:  # no forward came: the embeddings are given
             scale = head.current_scale().detach()
-        vectors = self.placement.to(embeddings.device).moved(head.class_prototypes, embeddings, targets, scale)
+        classes, vectors = self.placement.to(embeddings.device).moved(head.vectors_of, embeddings, targets, scale, share)
         for head in self.heads:
-            head.move_class_prototypes(vectors)
+            head.move_class_prototypes(vectors, classes)
 
     def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Return the assignment in force: nothing is left to solve. See `Warmup.solve`."""

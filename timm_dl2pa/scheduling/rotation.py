@@ -50,7 +50,7 @@ class RotatedWarmup(Warmup):
         for head in self.heads:
             head.training_view.class_vectors = vectors
 
-    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor, share: float | None = None) -> None:
         """See `Warmup.add`."""
         self.class_means.to(embeddings.device).add(embeddings, targets)
         self._give_vectors()

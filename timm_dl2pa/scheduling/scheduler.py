@@ -142,7 +142,7 @@ class AssignmentScheduler:
         self.class_means.to(embeddings.device).add(embeddings, targets)
         self.class_means.count(tally)
         if self.warmup:
-            self.warmup.add(embeddings, targets)
+            self.warmup.add(embeddings, targets, self.clock.share_of(self.warmup_length))
         self._forwards.clear()
         self._watch.on_step(len(targets))
         self._count('batches')
@@ -210,7 +210,7 @@ class AssignmentScheduler:
 
         In a distributed run call `merge()` on every process first, save rank 0's state, and load that on all.
         """
-        return {'steps': self.steps, 'epochs': self.epochs, 'due': self.due, 'resolver': self.resolver.state_dict(),
+        return {'clock': self.clock.state_dict(), 'due': self.due, 'resolver': self.resolver.state_dict(),
                 'class_means': self.class_means.state_dict(), 'warmup': self.warmup and self.warmup.saved_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ class AssignmentScheduler:
             ValueError: It lacks something, or is of another head, warm-up or class means. Nothing was changed.
         """
         warmup = self._make_warmup() if state.get('warmup') else None
-        check_scheduler_state(self.state_dict(), state, class_means=self.class_means, resolver=self.resolver,
+        check_scheduler_state(self.state_dict(), state, clock=self.clock, class_means=self.class_means, resolver=self.resolver,
                               warmup=warmup)
         self.leave_warmup()
         self.warmup = warmup
@@ -228,5 +228,6 @@ class AssignmentScheduler:
             warmup.resume(state['warmup'])
         self.class_means.load_state_dict(state['class_means'])
         self.resolver.load_state_dict(state['resolver'])
-        self.clock.batches, self.clock.epochs, self.due = state['steps'], state['epochs'], state['due']
+        self.clock.load_state_dict(state['clock'])
+        self.due = state['due']
         self._forwards.clear()

@@ -46,10 +46,13 @@ class Warmup(ABC):
             head.training_view.warmup_loss = self.loss
 
     @abstractmethod
-    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
-        """Fold a batch in: unit embeddings (B, d), targets (B,) or (B, C) on their device; never waits for the device.
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor, share: float | None = None) -> None:
+        """Fold a batch in; never waits for the device. In a distributed run every process must call it.
 
-        In a distributed run every process must call it.
+        Args:
+            embeddings: (B, d) unit rows.
+            targets: (B,) or (B, C), on their device.
+            share: Of the warm-up that is over, from 0 to 1; None where nobody knows.
         """
 
     @abstractmethod

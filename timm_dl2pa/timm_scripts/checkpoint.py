@@ -214,7 +214,8 @@ def _checked_record(task: dict[str, Any]) -> AssignmentRecord:
     where = 'task_state.dl2pa.scheduler'
     try:
         scheduler, batches = task['scheduler'], task['batches']
-        steps, epochs, history = scheduler['steps'], scheduler['epochs'], scheduler['resolver']['history']
+        clock, history = scheduler['clock'], scheduler['resolver']['history']
+        steps, epochs = clock['batches'], clock['epochs']
         means, due = scheduler.get('class_means'), scheduler.get('due')
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f'{where} is not the state of an AssignmentScheduler: {type(error).__name__} '
