@@ -114,6 +114,8 @@ def families_of(faces: dict[Face, frozenset[int]], size: int, of_files: bool = F
         size: Of the font, in pixels.
         of_files: Each file is a family of its own.
     """
+    if of_files:
+        return [[face] for face in faces]
     codes = sorted(frozenset().union(*faces.values()))
     codes = codes[::max(1, len(codes) // _SAMPLE)]
     place = {code: row for row, code in enumerate(codes)}
@@ -125,9 +127,9 @@ def families_of(faces: dict[Face, frozenset[int]], size: int, of_files: bool = F
         drawn[face] = np.zeros((len(codes), SIDE, SIDE), np.uint8)
         drawn[face][[place[code] for code in own]] = images * drawable(images)[:, None, None]
         near = {other: _alike(drawn[face], drawn[other]) for family in families for other in family}
-        if not of_files and any(same >= _SAME_FACE for same, _ in near.values()):
+        if any(same >= _SAME_FACE for same, _ in near.values()):
             continue
-        joined = [] if of_files else [family for family in families if any(
+        joined = [family for family in families if any(
             near[other][1] >= _SAME_FAMILY or _typeface(other) == _typeface(face) for other in family)]
         families = [family for family in families if family not in joined]
         families.append([*(other for family in joined for other in family), face])

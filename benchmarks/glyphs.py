@@ -23,13 +23,14 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from glyph_fonts import Face, drawable, faces_of, families_of, installed_files, render
+from glyph_fonts import SIDE, Face, drawable, faces_of, families_of, installed_files, render
 from image_arrays import Images
 from PIL import Image
 
@@ -56,7 +57,8 @@ class Glyphs(Images):
     """Images as drawn, (N, 1, 32, 32), with those of other code points than the classes.
 
     Attributes:
-        x_unseen: Images by the held-out fonts, (M, 1, 32, 32) uint8, of each code point at least two.
+        x_unseen: Images by the held-out fonts, (M, 1, 32, 32) uint8, of each code point at least two, by different
+            families.
         y_unseen: Number of the code point, (M,) int64.
         report: What was found and left out.
     """
@@ -75,7 +77,7 @@ def load_glyphs(characters: str, number: int | None = None, *, images: int = 20,
         number: Number of classes, drawn at random. Default: all.
         images: Largest number of training images a class, each of a face of its own; of few from one family, where
             many families draw it.
-        unseen: Number of code points besides the classes.
+        unseen: Number of code points besides the classes, or fewer if held-out fonts have fewer.
         seed: Of the draw of the code points.
         folder: Holds the fonts, at any depth. Default: the installed ones; for 'dejavu' matplotlib's.
         held_out: Names of files, without ending, whose families make the test images. Default: `HELD_OUT`.
@@ -196,8 +198,8 @@ def _draw(characters: str, number: int | None, images: int, unseen: int, seed: i
     for name, source, chosen, most in (('train', drawn, good, images), ('test', tests, good, images),
                                        ('unseen', tests, pool, images)):
         pictures = [source.of(code, most) for code in chosen]
-        arrays[f'x_{name}'] = np.stack([image for each in pictures for image in each])[:, None]
-        arrays[f'y_{name}'] = np.repeat(np.arange(len(chosen)), [len(each) for each in pictures])
+        arrays[f'x_{name}'] = np.array(list(chain(*pictures)), np.uint8).reshape(-1, 1, SIDE, SIDE)
+        arrays[f'y_{name}'] = np.repeat(np.arange(len(chosen)), np.array([len(each) for each in pictures], np.int64))
     return arrays
 
 
@@ -275,7 +277,7 @@ def main() -> None:
     counts = {name: torch.bincount(getattr(images, f'y_{name}')) for name in ('train', 'test')}
     print(f'{images.num_classes} classes; images a class: ' + ', '.join(
         f'{name} {int(count.min())} to {int(count.max())}' for name, count in counts.items())
-        + f'; {int(glyphs.y_unseen.max()) + 1} other code points with {len(glyphs.y_unseen)} images')
+        + f'; {len(glyphs.y_unseen.unique())} other code points with {len(glyphs.y_unseen)} images')
     if args.output:
         arrays = {name: getattr(images, name).numpy() for name in ('x_train', 'y_train', 'x_test', 'y_test')}
         np.savez(args.output, **arrays, classes=np.array(images.classes))
