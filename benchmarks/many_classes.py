@@ -1,7 +1,7 @@
 """Very many classes, measured end to end: accuracy, time and memory of each kind of classifier on real glyphs.
 
     python benchmarks/many_classes.py                                   # the 3,755 ideographs of GB 2312's level 1
-    python benchmarks/many_classes.py --data block --epochs 2 --dims 64 128 --seeds 0      # 20,902 ideographs
+    python benchmarks/many_classes.py --data block --epochs 1 --dims 64 128 --seeds 0      # 20,902 ideographs
     python benchmarks/many_classes.py --data dejavu                     # letters, of the fonts that matplotlib carries
     python benchmarks/many_classes.py --data FOLDER --epochs 20         # FOLDER/train, FOLDER/validation: small images
 
@@ -42,8 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--number', type=int, help='of classes, drawn at random; default: all')
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
     parser.add_argument('--dims', type=int, nargs='+', default=[64])
-    parser.add_argument('--epochs', type=int, default=6)
-    parser.add_argument('--lr', type=float, nargs='+', default=[3e-3])
+    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--lr', type=float, nargs='+', default=[1e-2])
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--num-sampled', type=int, nargs='+', default=[1024], help='of sampled softmax')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
