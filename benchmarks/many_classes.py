@@ -95,16 +95,15 @@ def run_alone(*arguments: Any, threads: int) -> dict[str, Any]:
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(args.threads)
-    rows, commands = read_earlier(args.output)
-    commands = list(dict.fromkeys([*commands, command_line()]))
+    rows, _ = read_earlier(args.output)
     todo = [setting for setting in settings_of(args) if setting not in rows]
     print(f'{len(todo)} runs')
     folder = None if args.data in CHARACTERS else Path(args.data)
     for setting in todo:
         found = run_alone(setting, folder, args.fonts, args.cache, threads=args.threads)
-        # Another process may have added rows meanwhile.
-        rows = {**read_earlier(args.output)[0], setting: {**dataclasses.asdict(setting), **found,
-                                                          'commit': environment()['commit']}}
+        rows, commands = read_earlier(args.output)  # to which another process may have added
+        rows[setting] = {**dataclasses.asdict(setting), **found, 'commit': environment()['commit']}
+        commands = list(dict.fromkeys([*commands, command_line()]))
         write_results(NAME, {'commands': commands}, list(rows.values()), args.output)
         print(line(setting, found), flush=True)
 

@@ -76,18 +76,6 @@ class Setting:
         return ' '.join(str(word) for word in words if word)
 
 
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside the identity."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(*_convolution(width, width), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                    nn.BatchNorm2d(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x + self.layers(x))
-
-
 def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> tuple[nn.Module, ...]:
     return (nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True))
