@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from tests.helpers.largest_output import LargestOutput
 from tests.helpers.stand_in import BATCHES, train
 from timm_dl2pa import AssignmentScheduler, DL2PAHead
 from timm_dl2pa.scheduling import placement
@@ -48,7 +49,7 @@ def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evennes
         pairs = torch.triu_indices(classes, classes, 1)
         energy = (4 * ((leaf[pairs[0]] * leaf[pairs[1]]).sum(1) - 1)).exp().mean().log()
         seen += rows / classes
-        rate = min(3 * rows / 64, classes / 8) * (1 / (1 + seen / 50) if share is None else 1 - share)
+        rate = min(rows / 8, classes / 8) * (1 / (1 + seen / 50) if share is None else 1 - share)
         spread = min(rate * evenness, classes * 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
         (rate * cross_entropy + spread * energy).backward()
         tangent = leaf.grad - (leaf.grad * vectors).sum(dim=1, keepdim=True) * vectors
@@ -72,6 +73,56 @@ def test_very_many_classes_are_kept_from_one_block_after_the_other(monkeypatch):
     assert torch.equal(parts[0], parts[3]) and not torch.allclose(parts[0], parts[1])
     mean = sum(parts[:3]) / 3
     assert (mean - whole).norm() < 0.2 * whole.norm() < (parts[0] - whole).norm()
+
+
+def test_of_very_many_classes_a_sample_moves_as_all_would_on_average(monkeypatch):
+    """The classes of the batch move by the step that they have among all; the others by theirs on average."""
+    monkeypatch.setattr(placement, 'NUM_SAMPLED', 30)
+    monkeypatch.setattr(placement, '_BLOCK', 240)
+    vectors, embeddings, labels = unit(240, 8), unit(20, 8), torch.randint(0, 40, (20,))
+    whole = move(PrototypePlacement(240, 0.1), vectors, embeddings, labels, torch.tensor(8.0), 0.99) - vectors
+    monkeypatch.setattr(placement, 'MANY_CLASSES', 100)
+    ours, sums, moved = PrototypePlacement(240, 0.1), torch.zeros(240, 8), torch.zeros(240)
+    for _ in range(600):
+        ours.counts.zero_()
+        step = move(ours, vectors, embeddings, labels, torch.tensor(8.0), 0.99) - vectors
+        assert step[labels].norm(dim=1).gt(0).all() and step.norm(dim=1).gt(0).sum() <= 30 + 20
+        sums += step
+        moved += step.norm(dim=1) > 0
+    batch = torch.bincount(labels, minlength=240) > 0
+    assert (moved[batch] == 600).all() and 30 < moved[~batch].min() <= moved[~batch].max() < 150
+    mean = sums / 600
+    assert torch.allclose(mean[batch], whole[batch], rtol=0.1, atol=0.1 * float(whole[batch].norm(dim=1).mean()))
+    assert (mean - whole)[~batch].norm() < 0.5 * whole[~batch].norm()
+    others = (sums / moved.clamp_min(1).unsqueeze(1))[~batch]
+    assert others.norm() > 4 * whole[~batch].norm()  # each time it is sampled it stands for seven
+
+
+def test_what_moves_of_very_many_classes_goes_on_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(placement, 'MANY_CLASSES', 100)
+    monkeypatch.setattr(placement, 'NUM_SAMPLED', 30)
+    batches = [(unit(20, 8), torch.randint(0, 240, (20,))) for _ in range(4)]
+    first, vectors = PrototypePlacement(240, 0.1, seed=3), unit(240, 8)
+    for index, (embeddings, labels) in enumerate(batches):
+        if index == 2:
+            resumed, others = PrototypePlacement(240, 0.1, seed=3), vectors
+            resumed.load_state_dict(first.state_dict())
+        vectors = move(first, vectors, embeddings, labels, torch.tensor(8.0), 0.1)
+    for embeddings, labels in batches[2:]:
+        others = move(resumed, others, embeddings, labels, torch.tensor(8.0), 0.1)
+    assert torch.equal(vectors, others)
+
+
+def test_a_step_of_very_many_classes_allocates_nothing_of_their_number(monkeypatch):
+    monkeypatch.setattr(placement, 'NUM_SAMPLED', 100)
+    head = DL2PAHead(8, 200_000, 4, prototypes=unit(200_000, 4), train_output='embeddings')
+    scheduler = AssignmentScheduler(head, total=10)
+    features = torch.randn(16, 8)
+    for _ in range(2):
+        head(features)
+        with LargestOutput() as seen:
+            scheduler.step(torch.randint(0, 200_000, (16,)))
+    assert 0 < seen.largest < 20_000 and scheduler.warming_up
 
 
 @pytest.mark.parametrize('evenness', [3.2, 10.0, 200.0])
@@ -102,8 +153,8 @@ def test_a_placement_comes_to_rest_when_its_end_is_known():
 
 
 def test_by_default_the_fewer_dimensions_the_less_even():
-    assert default_evenness(100, 10) == pytest.approx(0.04) and default_evenness(100, 50) == pytest.approx(1)
-    assert default_evenness(100, 100) == default_evenness(100, 512) == 4 > default_evenness(100, 98) > 3.8
+    assert default_evenness(100, 10) == pytest.approx(0.004) and default_evenness(100, 50) == pytest.approx(0.1)
+    assert default_evenness(100, 100) == default_evenness(100, 512) == 0.4 > default_evenness(100, 98) > 0.38
     assert AssignmentScheduler(DL2PAHead(8, 7, 5)).warmup.settings == {'evenness': default_evenness(7, 5)}
     assert AssignmentScheduler(DL2PAHead(8, 7, 5), evenness=0).warmup.settings == {'evenness': 0}
 

@@ -413,20 +413,20 @@ def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
 
 @pytest.mark.parametrize('arguments, first', [
     (dict(interval=2, warmup_length=3), 3), (dict(interval=2, warmup_length=1, start=4), 1), (dict(interval=2), 2),
-    (dict(interval=2, stop=1), 2), (dict(interval=2, warmup='none'), 2), (dict(interval=2, total=9), 4),
+    (dict(interval=2, stop=1), 2), (dict(interval=2, warmup='none'), 2), (dict(interval=2, total=9), 7),
     (dict(interval=2, total=9, warmup_length='34 %'), 3), (dict(interval=2, total=9, recipe='even'), 2),
     (dict(interval=2, total=1), 1), (dict(interval=2, total='8 epochs', warmup_length='3 batches'), 3)])
 def test_how_long_the_warmup_takes(make_head, arguments, first):
     head = make_head()
     scheduler = AssignmentScheduler(head, **arguments)
     assert scheduler.warming_up == ('warmup' not in arguments)
-    updates = [feed(head, scheduler, step) for step in range(6)]
+    updates = [feed(head, scheduler, step) for step in range(8)]
     assert next(update.step for update in updates if update) == first and not scheduler.warming_up
 
 
 def test_a_warmup_of_epochs_and_its_early_end(make_head):
     head = make_head()
-    for options in (dict(warmup_length='2 epochs'), dict(total='5 epochs'), dict(interval=2, total='4 epochs'),
+    for options in (dict(warmup_length='2 epochs'), dict(total='3 epochs'), dict(interval=2, total='3 epochs'),
                     dict(recipe='even', interval=1, total='9 epochs', warmup_length='25 %')):
         scheduler = AssignmentScheduler(head, **options)
         for epoch in range(2):

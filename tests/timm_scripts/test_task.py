@@ -539,7 +539,8 @@ def test_a_recovery_checkpoint_holds_the_state_of_its_moment(tmp_path):
         train(tmp_path, die_after=BATCHES + 2, recovery_interval=2, **options)
     recovery = tmp_path / 'recovery-1-1.pth.tar'
     state = load(recovery)['task_state']['dl2pa']
-    assert state['batches'] == 2 and state['scheduler']['clock']['batches'] == BATCHES + 2 and state['scheduler']['clock']['epochs'] == 1
+    clock = state['scheduler']['clock']
+    assert state['batches'] == 2 and clock['batches'] == BATCHES + 2 and clock['epochs'] == 1
     task = train(tmp_path, resume=recovery, **options)
     # timm skips the rest of that epoch; our epoch is over with it.
     assert [(update.epoch, update.step) for update in task.assignment_scheduler.history] == [

@@ -162,8 +162,8 @@ class PrototypePlacement:
         return rate / (1 + self.seen / _HALVED_AFTER) if share is None else rate * (1 - share)
 
     def _repulsion(self, vectors: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors, (n, m) and (m, d), of C times the gradient of the uniformity; of many classes, of its estimate
-        from a block.
+        """Return factors, (n, m) and (m, d), of C times the gradient of the uniformity; of many classes, its
+        estimate from a block.
 
         Args:
             vectors: (n, d) unit rows.
@@ -251,7 +251,8 @@ class PlacedWarmup(Warmup):
         scale = head.training_view.scale
         if scale is None:  # no forward came: the embeddings are given
             scale = head.current_scale().detach()
-        classes, vectors = self.placement.to(embeddings.device).moved(head.vectors_of, embeddings, targets, scale, share)
+        self.placement.to(embeddings.device)
+        classes, vectors = self.placement.moved(head.vectors_of, embeddings, targets, scale, share)
         for head in self.heads:
             head.move_class_prototypes(vectors, classes)
 

@@ -220,8 +220,8 @@ class AssignmentScheduler:
             ValueError: It lacks something, or is of another head, warm-up or class means. Nothing was changed.
         """
         warmup = self._make_warmup() if state.get('warmup') else None
-        check_scheduler_state(self.state_dict(), state, clock=self.clock, class_means=self.class_means, resolver=self.resolver,
-                              warmup=warmup)
+        check_scheduler_state(self.state_dict(), state, clock=self.clock, class_means=self.class_means,
+                              resolver=self.resolver, warmup=warmup)
         self.leave_warmup()
         self.warmup = warmup
         if warmup:
