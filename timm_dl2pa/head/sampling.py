@@ -7,10 +7,19 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-__all__ = ['ClassSample', 'ClassSampler']
+__all__ = ['ClassSample', 'ClassSampler', 'first_of_each']
 
 # Numbers of multipliers and offsets. They have no common divisor, so that a million steps pass before a pair returns.
 _MULTIPLIERS, _OFFSETS = 1021, 1024
+
+
+def first_of_each(labels: torch.Tensor) -> torch.Tensor:
+    """Return for each label (m,) int64 the place of the first equal one, (m,) int64, without waiting for the device.
+
+    The first in the order of sorting: which of several equal labels it is, is not said.
+    """
+    ordered, order = labels.sort()
+    return order[torch.searchsorted(ordered, labels)]
 
 
 class ClassSample(NamedTuple):

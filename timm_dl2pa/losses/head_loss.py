@@ -11,7 +11,7 @@ from .targets import check_reduction, checked_targets, reduced
 __all__ = ['NUM_SAMPLED', 'HeadLoss']
 
 # Classes that are sampled for a batch, where nobody says how many.
-NUM_SAMPLED = 2048
+NUM_SAMPLED = 1024
 
 
 class HeadLoss(nn.Module):

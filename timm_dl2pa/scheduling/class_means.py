@@ -3,7 +3,9 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import add_over_ranks, is_distributed, rank
+from ..head import first_of_each
 from ..values import whole_number
+from .gathering import MANY_CLASSES, Gathering
 from .targets import IGNORED, check_targets, shares_of
 
 __all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means']
@@ -190,6 +192,7 @@ class MovingClassMeans(ClassMeans):
     def __init__(self, num_classes: int, dim: int, memory: float = 0.9, device: torch.device | str | None = None):
         super().__init__(num_classes, dim, device)
         self.memory = memory
+        self._gathering = Gathering()
         self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> 'MovingClassMeans':
@@ -203,16 +206,30 @@ class MovingClassMeans(ClassMeans):
         """Fold a batch in, as `ClassMeans.add` does. In a distributed run every process must call it, also with no
         samples."""
         check_targets(targets, embeddings, self.num_classes)
-        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
         if len(targets) > 0:
             self._note_labels(targets)
-            for labels, share in shares_of(targets, self.num_classes):
-                sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
-                counts.index_add_(0, labels, share.squeeze(1))
+        labels, shares = (torch.cat(parts) for parts in zip(*shares_of(targets, self.num_classes)))
+        embeddings = embeddings.float().repeat(len(labels) // max(1, len(embeddings)), 1)
+        if self.num_classes > MANY_CLASSES:
+            _, (labels, shares, embeddings) = self._gathering(labels, shares, embeddings)
+        elif is_distributed():
+            self._add_over_ranks(labels, shares, embeddings)
+            return
+        # The rows of the batch's classes alone: nothing here grows with the number of classes.
+        first = first_of_each(labels)
+        counts = torch.zeros_like(shares).index_add_(0, first, shares)
+        sums = torch.zeros_like(embeddings).index_add_(0, first, torch.where(shares != 0, shares * embeddings, 0.0))
+        kept = self.memory ** counts
+        self.sums.index_copy_(0, labels, (kept * self.sums[labels] + sums)[first])
+        self.counts.index_copy_(0, labels, (kept * self.counts[labels].unsqueeze(1) + counts)[first].squeeze(1))
+
+    def _add_over_ranks(self, labels: torch.Tensor, shares: torch.Tensor, embeddings: torch.Tensor) -> None:
+        sums = torch.zeros_like(self.sums).index_add_(0, labels, torch.where(shares != 0, shares * embeddings, 0.0))
+        counts = torch.zeros_like(self.counts).index_add_(0, labels, shares.squeeze(1))
         add_over_ranks(sums, counts)
         kept = self.memory ** counts
-        self.sums = kept.unsqueeze(1) * self.sums + sums
-        self.counts = kept * self.counts + counts
+        self.sums.mul_(kept.unsqueeze(1)).add_(sums)
+        self.counts.mul_(kept).add_(counts)
 
     def centred_directions(self) -> torch.Tensor:
         """Return the unit directions (C, d), float32, in which the class means lie from their mean.

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn as nn
 
 from ..assignment import AssignmentResult
-from ..distributed import add_over_ranks, gather_over_ranks, is_distributed, largest_over_ranks, rank
+from ..distributed import add_over_ranks
 from ..head import ClassSample, ClassSampler, DL2PAHead
 from ..prototypes.energy import UNIFORMITY
 from ..values import real_number
+from .gathering import MANY_CLASSES, Gathering
 from .targets import shares_of
 from .warmup import Warmup
 
@@ -29,9 +29,8 @@ _HALVED_AFTER = 50
 _LONGEST = 1.5
 # Number of classes whose repulsion one step computes: all of them up to here, beyond it one block after the other.
 _BLOCK = 128
-# Beyond so many classes a batch moves the vectors of its own classes, and of a sample of so many others.
-MANY_CLASSES = 8192
-NUM_SAMPLED = 2048
+# Of many classes a batch moves the vectors of its own classes, and of a sample of so many others.
+NUM_SAMPLED = 1024
 
 
 class PrototypePlacement:
@@ -51,7 +50,7 @@ class PrototypePlacement:
     curvature of C * U at an evenly spread set. A step that is not finite, or ends in the origin, leaves a vector where
     it is.
 
-    Of more than 8,192 classes a batch moves its own and a sample of 2,048 others: sums over classes are estimated, and
+    Of more than 8,192 classes a batch moves its own and a sample of 1,024 others: sums over classes are estimated, and
     each sampled class's step is as many times as long as it stands for classes (`ClassSampler`). Then time and memory
     do not grow with C.
 
@@ -71,7 +70,7 @@ class PrototypePlacement:
         self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
         self._sampler = ClassSampler(num_classes, NUM_SAMPLED, seed) if num_classes > MANY_CLASSES else None
-        self._capacity: int | None = None
+        self._gathering = Gathering()
 
     def to(self, device: torch.device | str) -> 'PrototypePlacement':
         """Move what was counted, in place."""
@@ -137,20 +136,9 @@ class PrototypePlacement:
             counts = torch.zeros_like(self.counts).index_add_(0, labels, shares.squeeze(1))
             add_over_ranks(counts)
             return ClassSample(every, torch.zeros_like(counts), every), labels, (every, counts.unsqueeze(1))
-        everyone, everyones = labels, shares
-        if is_distributed():
-            if self._capacity is None:
-                self._capacity = largest_over_ranks(len(labels), labels.device)
-            if len(labels) > self._capacity:
-                raise RuntimeError(f'a batch has {len(labels)} labels, but the largest of the first batches of all '
-                                   f'processes had {self._capacity}: of more than {MANY_CLASSES} classes the places '
-                                   f"of 'placed' need batches that do not grow.")
-            missing = self._capacity - len(labels)
-            everyone = gather_over_ranks(nn.functional.pad(labels, (0, missing)))
-            everyones = gather_over_ranks(nn.functional.pad(shares, (0, 0, 0, missing)))
-        sample = self._sampler(everyone)
-        first = rank() * (self._capacity or 0)
-        return sample, sample.rows[first:first + len(labels)], (everyone, everyones)
+        own, (labels, shares) = self._gathering(labels, shares)
+        sample = self._sampler(labels)
+        return sample, sample.rows[own], (labels, shares)
 
     def _count(self, labels: torch.Tensor, shares: torch.Tensor) -> None:
         self.counts.index_add_(0, labels, shares.squeeze(1))
