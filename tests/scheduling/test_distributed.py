@@ -107,3 +107,58 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
         assert [entry[:2] + entry[3:] for entry in history] == [entry[:2] + entry[3:] for entry in expected]
         assert [entry[2] for entry in history] == pytest.approx([entry[2] for entry in expected], rel=1e-5)
         assert 'class 17' in error and kept
+
+
+MANY = 8_300
+
+
+def many_head():
+    torch.manual_seed(0)
+    prototypes = torch.nn.functional.normalize(torch.randn(MANY, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    return DL2PAHead(6, MANY, 4, neck='linear', learn_scale=False, train_output='embeddings', prototypes=prototypes)
+
+
+def many_batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(ROWS, 6, generator=generator), torch.randint(0, 12, (ROWS,), generator=generator)
+
+
+def feed_many(recipe, steps, part=lambda step, x, labels: (x, labels)):
+    head = many_head()
+    scheduler = AssignmentScheduler(head, recipe=recipe, interval=100, total=100)
+    for step in range(steps):
+        x, labels = part(step, *many_batch(step))
+        head(x)
+        scheduler.step(labels)
+    return head, scheduler
+
+
+def in_process_of_many(rank, folder, recipe):
+    def part(step, x, labels):
+        cut = 8 if step < 2 else 5
+        return (x[:cut], labels[:cut]) if rank == 0 else (x[cut:8 + 2 * step], labels[cut:8 + 2 * step])
+
+    head, scheduler = feed_many(recipe, 3, part)
+    sums = scheduler.class_means.sums.clone() if recipe == 'paper' else torch.zeros(1)
+    error = None
+    try:
+        head(torch.randn(9, 6))
+        scheduler.step(torch.arange(9))
+    except RuntimeError as caught:
+        error = str(caught)
+    torch.save((head.prototypes, sums, error), f'{folder}/{rank}.pt')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['placed', 'paper'])
+def test_of_very_many_classes_processes_exchange_their_batches(tmp_path, recipe):
+    """Parts of unequal length, which become shorter and may not become longer."""
+    run_ranks(in_process_of_many, str(tmp_path), recipe, folder=tmp_path)
+    (prototypes, sums, error), (others, other_sums, _) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    assert torch.equal(prototypes, others) and torch.equal(sums, other_sums)
+    assert 'batches must not grow' in error
+    head, scheduler = feed_many(recipe, 3, lambda step, x, labels: (x[:8 + 2 * step], labels[:8 + 2 * step]))
+    assert torch.allclose(head.prototypes, prototypes, atol=1e-5)
+    assert torch.equal(prototypes, many_head().prototypes) == (recipe == 'paper')
+    if recipe == 'paper':
+        assert torch.allclose(scheduler.class_means.sums, sums, atol=1e-5)

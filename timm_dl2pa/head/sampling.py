@@ -26,12 +26,12 @@ class ClassSample(NamedTuple):
     """Classes, and how many classes each of them stands for in a sum over all.
 
     Attributes:
-        classes: (B + n,) int64, the labels of a batch of B samples, then the n sampled classes.
+        classes: (B + n,) int64, the labels of a batch of B samples, then the n sampled classes. The first of these
+            stands in the place of labels that are left out.
         log_weights: (B + n,) float32, the logarithm of the number of classes that each stands for: 0 for the first
             occurrence of each label; -inf for every further one, for labels that are left out, and for sampled classes
             that are labels too; log w for the other sampled classes.
-        rows: (B + n,) int64, for each entry the first one of the same class: the one whose weight is not zero, unless
-            the label is left out.
+        rows: (B + n,) int64, for each entry the one of the same class whose weight is not zero.
     """
     classes: torch.Tensor
     log_weights: torch.Tensor
@@ -95,16 +95,21 @@ class ClassSampler(nn.Module):
             self.to(labels.device)
         drawn = self.classes_of(self.step)
         self.step += 1
+        known = labels
+        if kept is not None:
+            known, labels = labels.where(kept, self.num_classes), labels.where(kept, drawn[0])
         # A last one that is no class, so that there always is one that is not smaller.
-        known = labels if kept is None else labels.where(kept, self.num_classes)
         ordered, order = nn.functional.pad(known, (0, 1), value=self.num_classes).sort()
         is_first = ordered < self.num_classes
         is_first[1:] &= ordered[1:] != ordered[:-1]
         is_present = torch.empty_like(is_first).scatter_(0, order, is_first)[:-1]
         classes = torch.cat([labels, drawn])
         place = torch.searchsorted(ordered, classes)
-        rows = torch.where(ordered[place] == classes, order[place], torch.arange(len(classes), device=labels.device))
-        is_other = rows[len(labels):] >= len(labels)
+        is_present_class = ordered[place] == classes
+        is_other = ~is_present_class[len(labels):]
+        own = torch.arange(len(classes), device=labels.device)
+        own[:len(labels)] = len(labels)  # of those that are left out
+        rows = torch.where(is_present_class, order[place], own)
         weight = (self.num_classes - is_first.sum()) / is_other.sum().clamp_min(1)
         log_weights = torch.cat([torch.where(is_present, 0.0, -math.inf),
                                  torch.where(is_other, weight.log(), -math.inf)])

@@ -208,8 +208,9 @@ class MovingClassMeans(ClassMeans):
         check_targets(targets, embeddings, self.num_classes)
         if len(targets) > 0:
             self._note_labels(targets)
-        labels, shares = (torch.cat(parts) for parts in zip(*shares_of(targets, self.num_classes)))
-        embeddings = embeddings.float().repeat(len(labels) // max(1, len(embeddings)), 1)
+        parts = list(shares_of(targets, self.num_classes))
+        labels, shares = (torch.cat(part) for part in zip(*parts))
+        embeddings = embeddings.float().repeat(len(parts), 1)
         if self.num_classes > MANY_CLASSES:
             _, (labels, shares, embeddings) = self._gathering(labels, shares, embeddings)
         elif is_distributed():

@@ -103,7 +103,8 @@ class PrototypePlacement:
                 any had at first.
         """
         embeddings = embeddings.float()
-        labels, shares = (torch.cat(parts) for parts in zip(*shares_of(targets, self.num_classes)))
+        parts = list(shares_of(targets, self.num_classes))
+        labels, shares = (torch.cat(part) for part in zip(*parts))
         sample, rows, counted = self._classes(labels, shares)
         with torch.autocast(embeddings.device.type, enabled=False):
             vectors = vectors_of(sample.classes)
@@ -113,8 +114,8 @@ class PrototypePlacement:
             rate = self._rate(counted[1].sum(), share)
             # Factors go onto the few embeddings and the block, so that few passes over (n, d) are left.
             pull = scale / counted[1].sum().clamp_min(1e-6) * embeddings
-            step = (shares.view(-1, len(embeddings)).sum(dim=0).unsqueeze(1) * probabilities).t() @ -pull
-            step.index_add_(0, rows, shares * pull.repeat(len(labels) // len(embeddings), 1))
+            step = (sum(share for _, share in parts) * probabilities).t() @ -pull
+            step.index_add_(0, rows, shares * pull.repeat(len(parts), 1))
             add_over_ranks(step)
             weights = sample.log_weights.exp().unsqueeze(1)
             spread = (weights * rate * self.evenness / self.num_classes).clamp(
@@ -137,7 +138,7 @@ class PrototypePlacement:
             add_over_ranks(counts)
             return ClassSample(every, torch.zeros_like(counts), every), labels, (every, counts.unsqueeze(1))
         own, (labels, shares) = self._gathering(labels, shares)
-        sample = self._sampler(labels)
+        sample = self._sampler(labels, shares.squeeze(1) > 0)
         return sample, sample.rows[own], (labels, shares)
 
     def _count(self, labels: torch.Tensor, shares: torch.Tensor) -> None:
