@@ -18,5 +18,5 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Let a page's links to them lead into the site."""
     for name in OUTSIDE:
-        markdown = markdown.replace(f'](../{name})', f']({name})')
+        markdown = markdown.replace(f'](../{name}', f']({name}')
     return markdown
