@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from `benchmarks/results`, each between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Write the tables of the documentation from `benchmarks/results`, each between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python benchmarks/readme_tables.py            # writes them
     python benchmarks/readme_tables.py --check    # fails if a page has other figures
@@ -391,21 +391,25 @@ def finetune_trained() -> str:
                       lambda row: row['backbone'] != 'frozen')
 
 
-# Those of the page on fine-tuning.
 _FINETUNE_TABLES = (finetune_frozen, finetune_trained)
 
 # Those that are made from something else than a file of their own name.
 _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
+
+# The pages of docs/, and their tables.
+_PAGES: dict[str, tuple[Callable[..., str], ...]] = {
+    'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
+                      assignment, assignment_large, gpu),
+    'fine-tune.md': _FINETUNE_TABLES,
+    'options.md': (options,),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args()
-    of_readme = (head_step, train_step, prototypes, prototypes_large, assignment, assignment_large, demo, demo_seeds,
-                 *_FOLDER_TABLES, options, gpu)
-    return max(_write(ROOT / 'README.md', of_readme, args.check),
-               _write(ROOT / 'docs' / 'fine-tune.md', _FINETUNE_TABLES, args.check))
+    return max(_write(ROOT / 'docs' / page, makers, args.check) for page, makers in _PAGES.items())
 
 
 def _write(page: Path, makers: tuple[Callable[..., str], ...], check: bool) -> int:

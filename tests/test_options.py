@@ -1,4 +1,4 @@
-"""One table of options: the signatures, flags, saved configs and the README agree with it."""
+"""One table of options: signatures, flags and saved configs agree with it."""
 import inspect
 from dataclasses import fields
 

@@ -72,7 +72,7 @@ class PluginOptions:
         ValueError: A value has the wrong type, is not one of the choices, or is out of range. What depends on the model
             and on other options is checked by what the values are for.
     """
-    recipe: str = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for half of the '
+    recipe: str = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for 80 % of the '
                           'training), even (the evenly spread set, rotated once) or paper (the published method); sets '
                           'warm-up, loss, neck and scale', tuple(RECIPES))
     dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings', limits=_AT_LEAST_1)
@@ -102,7 +102,8 @@ class PluginOptions:
     warmup_length: int | str | None = _option('scheduler', None, (int, str), "a number of batches, '5 epochs', half or "
                                               "30% of the training (default: the recipe's)", limits=_AT_LEAST_1)
     evenness: float | None = _option('scheduler', None, (int, float), 'how strongly prototypes are kept apart while '
-                                     'they are placed, at least 0 (default: (2 d / C)^2, at most 4)', limits=_FINITE)
+                                     'they are placed, at least 0 (default: 0.4 (d / C)^2, at most 0.4)',
+                                     limits=_FINITE)
     start: int = _option('scheduler', 0, (int,), 'no re-solve before so many epochs, or batches', limits=_AT_LEAST_0)
     stop: int | None = _option('scheduler', None, (int,), 'none after so many; 0 keeps the assignment static (default: '
                                'never stops)', limits=_AT_LEAST_0)

@@ -32,7 +32,7 @@ class AssignmentScheduler:
     its metric was measured with.
 
     The recipe decides the warm-up, after which labels alone move, and the class means. 'placed' moves prototypes with
-    their classes for half of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
+    their classes for 80 % of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
     by the paper's moving average. The class means of the first two are running sums, which do not depend on how samples
     fall into batches or processes. In a distributed run every process must make the same calls. Of several heads the
     first is observed, and all get its assignment. A second scheduler on a model takes the place of the first.
