@@ -30,6 +30,7 @@ from timm_dl2pa import (
     solve_assignment,
     wrap_dl2pa,
 )
+from timm_dl2pa.head.numerics import slowly_learned
 from timm_dl2pa.options import PluginOptions
 
 __all__ = ['CosineClassifier', 'PaperRule', 'make_criterion', 'make_model', 'make_scheduler']
@@ -45,7 +46,7 @@ class CosineClassifier(nn.Module):
         dim: d.
         num_classes: C.
         scale: Factor on the cosines.
-        learn_scale: Make it a parameter, in the log domain as the head's.
+        learn_scale: Make it a parameter, in the log domain and as slowly learned as the head's.
     """
 
     def __init__(self, dim: int, num_classes: int, scale: float, learn_scale: bool = False):
@@ -57,7 +58,7 @@ class CosineClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             cosines = F.normalize(x.float(), dim=1) @ F.normalize(self.weight.float(), dim=1).t()
-        return (self.scale if self.log_scale is None else self.log_scale.exp()) * cosines
+        return (self.scale if self.log_scale is None else slowly_learned(self.log_scale).exp()) * cosines
 
 
 class PaperRule:

@@ -238,8 +238,10 @@ class DL2PAHead(SavedModule, nn.Module):
         return self.prototypes[self.assignment]
 
     def current_scale(self) -> torch.Tensor:
-        """Return the factor on the cosines, () float32; with a gradient if it is learned."""
-        return self.log_scale.float().exp().squeeze(0) if hasattr(self, 'log_scale') else self.scale
+        """Return the factor on the cosines, () float32; with a hundredth of its gradient if it is learned."""
+        if hasattr(self, 'log_scale'):
+            return numerics.slowly_learned(self.log_scale.float()).exp().squeeze(0)
+        return self.scale
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.
