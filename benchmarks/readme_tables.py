@@ -340,8 +340,8 @@ def options() -> str:
 
 _FINETUNED = {
     'nearest_mean': 'nearest class mean', 'logistic': 'logistic regression, its best C', 'linear': '`nn.Linear`',
-    'linear_bn': 'linear, batch norm, linear', 'placed': "ours, 'placed', not primed",
-    'placed_primed': "ours, 'placed', primed", 'even_primed': "ours, 'even', primed",
+    'linear_bn': 'linear, batch norm, linear', 'cosine': 'cosine softmax, the same neck',
+    'placed': "ours, 'placed', not primed", 'placed_primed': "ours, 'placed', primed", 'even_primed': "ours, 'even', primed",
 }
 
 
@@ -372,12 +372,26 @@ def _before(row: dict[str, Any]) -> float | None:
         row['before']['top1'] if row['epochs'] == 1 else None
 
 
-def finetune_frozen() -> str:
-    """Top-1 on frozen features."""
+def _frozen(data: str) -> str:
     rates = {'AdamW 1e-3': 'adamw:0.001', 'SGD 0.01': 'sgd:0.01'}
     columns = {'before training': _before, **{f'{epochs} epoch{"s" * (epochs > 1)}, {name}': _after(epochs, rate)
                                               for epochs in (1, 20) for name, rate in rates.items()}}
-    return _finetuned(columns, lambda row: row['backbone'] == 'frozen')
+    return _finetuned(columns, lambda row: (row['backbone'], row['data'], row['augmented']) == ('frozen', data, False))
+
+
+def finetune_frozen() -> str:
+    """Top-1 on frozen features, 20 images a class."""
+    return _frozen('cifar100:20')
+
+
+def finetune_frozen_100() -> str:
+    """Top-1 on frozen features, 100 images a class."""
+    return _frozen('cifar100:100')
+
+
+def finetune_grocery() -> str:
+    """Top-1 on frozen features of photographs."""
+    return _frozen('grocery')
 
 
 def finetune_trained() -> str:
@@ -391,7 +405,40 @@ def finetune_trained() -> str:
                       lambda row: row['backbone'] != 'frozen')
 
 
-_FINETUNE_TABLES = (finetune_frozen, finetune_trained)
+_FINETUNE_TABLES = (finetune_frozen, finetune_frozen_100, finetune_grocery, finetune_trained)
+
+# --- many kinds of data, many classes
+
+def suite(record: dict[str, Any]) -> str:
+    """Top-1 on eight data sets, and how far the default is from the better of the learned classifiers on the same d."""
+    methods = {'linear': 'linear, all features', 'linear_bn': 'linear with the neck', 'cosine': 'cosine softmax',
+               'placed': '`placed`', 'even': '`even`', 'static': 'static', 'matched': 'matched', 'paper': '`paper`'}
+    results, lines, ahead = record['results'], [], []
+    keys = sorted({(row['data'], row['training'], row['dim']) for row in results if row['dim']},
+                  key=lambda key: (list(dict.fromkeys(row['data'] for row in results)).index(key[0]), key[2], key[1]))
+    for data, training, dim in keys:
+        found = {method: [row['top1'] for row in results if (row['data'], row['training'], row['method']) ==
+                          (data, training, method) and row['dim'] in (dim, None)] for method in methods}
+        if found['placed'] and found['linear_bn'] and found['cosine']:
+            ahead.append(mean(found['placed']) - max(mean(found['linear_bn']), mean(found['cosine'])))
+        lines.append([data, dim, {'sgd': 'SGD', 'adamw': 'AdamW'}[training],
+                      *(f'{mean(values):.1f}' if values else '-' for values in found.values())])
+    return (table(['data', 'd', 'training', *methods.values()], lines)
+            + f'\n\n`placed` less the better of the two learned classifiers on the same d: {mean(ahead):+.1f} points '
+              f'in the mean over {len(ahead)} rows, at worst {min(ahead):+.1f}, at best {max(ahead):+.1f}; it is more '
+              f'than half a point behind in {sum(value < -0.5 for value in ahead)}.')
+
+
+def many_classes(record: dict[str, Any]) -> str:
+    """Accuracy, time and memory on glyphs."""
+    names = {'linear': 'linear, all features', 'linear_d': 'linear, linear', 'linear_bn': 'linear with the neck',
+             'cosine': 'cosine softmax', 'sampled': 'cosine softmax, sampled', 'static': 'static'}
+    lines = [[f'{row["classes"]:,}', row['dim'] or '-', names.get(row['method'], f'`{row["method"]}`'),
+              f'{row["top1"]:.1f}', f'{row["top5"]:.1f}', f'{row["recall_at_1"]:.1f}', f'{row["head_ms_a_step"]:.1f}',
+              row['peak_memory_mb'] - row['memory_before_mb'], row['seed']] for row in record['results']]
+    return table(['classes', 'd', 'classifier', 'top-1', 'top-5', 'recall@1, new classes', 'head, CPU ms a step',
+                  'MiB beside data and backbone', 'seed'], lines)
+
 
 # Those that are made from something else than a file of their own name.
 _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
@@ -399,7 +446,7 @@ _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 # The pages of docs/, and their tables.
 _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
-                      assignment, assignment_large, gpu),
+                      assignment, assignment_large, gpu, suite, many_classes),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
 }

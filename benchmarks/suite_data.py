@@ -7,7 +7,7 @@ long_tail       CIFAR-100, 450 training images of the largest class, 4 of the sm
 letters         400 letters as 12 faces of DejaVu draw them, 15 images a class; two faces are held out
 ideographs      1,000 ideographs of GB 2312, 15 images a class; four families of fonts are held out
 features        features of EfficientNet-Lite0, pretrained, of CIFAR-100 at 96 px, 20 images a class
-grocery         such features of the photographs of GroceryStore, 81 classes of 17 to 70 images
+grocery         such features of the photographs of GroceryStore, 81 classes of 16 to 70 images
 
 CIFAR-100 is tested on 50 training images a class that are left out, GroceryStore on a quarter of its training images.
 No test image of either is looked at.

@@ -521,3 +521,14 @@ def test_other_classes_keep_a_neck_whole_or_refuse(make_head, neck):
     torch.nn.utils.parametrizations.weight_norm(head.neck if neck == 'linear' else head.neck[0])
     with pytest.raises(ValueError, match='remove_parametrizations'):
         head.with_classes(5)
+
+
+def test_a_learned_scale_has_a_hundredth_of_its_gradient(make_head):
+    head, x = make_head(neck='linear', learn_scale=True), torch.randn(5, 12)
+    cosines = head.cosines(head.embed(x)).detach()
+    assert float(head.current_scale().detach()) == pytest.approx(float(head.log_scale.detach().exp()), rel=1e-6)
+    labels = torch.arange(5)
+    torch.nn.functional.cross_entropy(head(x), labels).backward()
+    log_scale = head.log_scale.detach().clone().requires_grad_()
+    torch.nn.functional.cross_entropy(log_scale.exp() * cosines, labels).backward()
+    assert torch.allclose(head.log_scale.grad, 0.01 * log_scale.grad, rtol=1e-4) and log_scale.grad.abs() > 1e-3
