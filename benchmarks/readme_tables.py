@@ -28,13 +28,26 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
 
 
+_HEAD_STEPS = {
+    'neck': 'the neck alone', 'linear': '`nn.Linear`, cross-entropy', 'partial_fc': 'Partial FC, 10 %',
+    'authors': "the authors' step", 'logits': 'ours, cross-entropy', 'logits_placed': 'in the warm-up, `placed`',
+    'logits_even': 'in the warm-up, `even`', 'sampled': 'ours, `SampledCrossEntropyLoss`',
+    'sampled_placed': 'in the warm-up, `placed`', 'sampled_even': 'in the warm-up, `even`',
+    'embeddings': 'ours, `SquaredCosineLoss`', 'embeddings_placed': 'in the warm-up, `placed`',
+    'embeddings_even': 'in the warm-up, `even`', 'embeddings_paper': "with the paper's moving average",
+}
+
+
 def head_step(record: dict[str, Any]) -> str:
-    header = ['C, d', '`nn.Linear`, cross-entropy', "the authors' step", 'ours, cross-entropy',
-              'ours, `SquaredCosineLoss`', 'the neck alone', 'faster than `nn.Linear`', "faster than the authors'"]
-    rows = [[f'{r["num_classes"]:,}, {r["dim"]}', *(f'{r[f"{name}_ms"]:.1f} ms' for name in
-             ('linear', 'authors', 'logits', 'embeddings', 'neck')),
-             f'{r["faster_than_linear"]:,.1f}x', f'{r["faster_than_authors"]:.1f}x'] for r in record['results']]
-    return table(header, rows)
+    """The head's step in milliseconds and, on a card, the peak of its memory."""
+    def cell(row: dict[str, Any], name: str) -> str:
+        if f'{name}_ms' not in row:
+            return row.get(f'{name}_failed', '-')
+        return f'{row[f"{name}_ms"]:,.2f} ms' + (f', {row[f"{name}_mb"]:,} MB' if f'{name}_mb' in row else '')
+
+    rows = [[title, *cells] for name, title in _HEAD_STEPS.items()
+            if set(cells := [cell(row, name) for row in record['results']]) != {'-'}]
+    return table(['C, d', *(f'{row["num_classes"]:,}, {row["dim"]}' for row in record['results'])], rows)
 
 
 def train_step(record: dict[str, Any]) -> str:
@@ -235,19 +248,7 @@ def head_step_gpu() -> str:
     record = _record('head_step_cuda')
     if record is None:
         return NOT_YET
-    names = {'linear': '`nn.Linear`, cross-entropy', 'partial_fc': 'Partial FC, 10 %', 'authors': "the authors' step",
-             'logits': 'ours, cross-entropy', 'logits_placed': 'in the warm-up, `placed`',
-             'logits_even': 'in the warm-up, `even`', 'embeddings': 'ours, `SquaredCosineLoss`',
-             'embeddings_placed': 'in the warm-up, `placed`', 'embeddings_even': 'in the warm-up, `even`',
-             'neck': 'the neck alone'}
-
-    def cell(row: dict[str, Any], name: str) -> str:
-        if f'{name}_ms' not in row:
-            return row.get(f'{name}_failed', '-')
-        return f'{row[f"{name}_ms"]:.2f} ms, {row[f"{name}_mb"]:,} MB'
-
-    rows = [[title, *(cell(row, name) for row in record['results'])] for name, title in names.items()]
-    return _on(table(['C, d', *(f'{row["num_classes"]:,}, {row["dim"]}' for row in record['results'])], rows), record)
+    return _on(head_step(record), record)
 
 
 def assignment_gpu() -> str:
@@ -341,7 +342,8 @@ def options() -> str:
 _FINETUNED = {
     'nearest_mean': 'nearest class mean', 'logistic': 'logistic regression, its best C', 'linear': '`nn.Linear`',
     'linear_bn': 'linear, batch norm, linear', 'cosine': 'cosine softmax, the same neck',
-    'placed': "ours, 'placed', not primed", 'placed_primed': "ours, 'placed', primed", 'even_primed': "ours, 'even', primed",
+    'placed': "ours, 'placed', not primed", 'placed_primed': "ours, 'placed', primed",
+    'even_primed': "ours, 'even', primed",
 }
 
 
