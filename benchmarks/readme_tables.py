@@ -355,8 +355,10 @@ def _finetuned(columns: dict[str, Callable[[dict[str, Any]], Any]], is_row: Call
     """Return top-1 by method and d; each column picks its value of the rows that it is about, or None."""
     results = [row for row in _record('finetune')['results'] if is_row(row)]
     lines = []
-    for method, dim in dict.fromkeys((row['method'], row['dim']) for row in results):
-        mine = [row for row in results if (row['method'], row['dim']) == (method, dim)]
+    order = list(_FINETUNED)
+    for method, dim in sorted({(row['method'], row['dim'] or 0) for row in results},
+                              key=lambda pair: (order.index(pair[0]), pair[1])):
+        mine = [row for row in results if (row['method'], row['dim'] or 0) == (method, dim)]
         cells = [_mean_and_spread([value for row in mine if (value := pick(row)) is not None])
                  for pick in columns.values()]
         lines.append([_FINETUNED[method], dim or '-', *cells, len({row['seed'] for row in mine})])
