@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'demo',
         help='train five heads on real images side by side, in about a minute',
         description='Trains the same small timm backbone with a linear classifier, with a linear classifier after the '
-                    'neck of a DL2PA head, with static prototypes, with the paper\'s rule, and with the default; prints '
-                    'a table, and writes a report for the browser (report.html), its pictures, the table as JSON and '
-                    'the trained default model. Without --data-dir, the images are letters as the faces of DejaVu draw '
-                    'them that matplotlib carries.',
+                    'neck of a DL2PA head, with static prototypes, with the paper\'s rule, and with the default. '
+                    'Prints a table, and writes a report for the browser (report.html), its pictures, the table as '
+                    'JSON and the trained default model. Without --data-dir, the images are letters as the faces of '
+                    'DejaVu draw them that matplotlib carries.',
         epilog='example: timm-dl2pa demo --data-dir photos --model resnet18 --dim 32',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

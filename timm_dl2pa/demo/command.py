@@ -85,7 +85,8 @@ def run_demo(
         device=str(torch_device), batch_size=BATCH_SIZE, test_images=data.num_test,
         seconds=round(time.perf_counter() - began, 1), runs=[asdict(run) for run in runs.values()], claims=said,
         versions=dict(torch=str(torch.__version__), timm=timm.__version__)), indent=1) + '\n', encoding='utf-8')
-    print(f'\nwrote {folder}/report.html with its pictures, results.json and the trained model; to load it:\n    {code}')
+    print(f'\nwrote {folder}/report.html with its pictures, results.json and the trained model; to load it:\n'
+          f'    {code}')
     return list(runs.values())
 
 

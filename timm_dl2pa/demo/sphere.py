@@ -1,4 +1,4 @@
-"""A sphere that can be seen: some of the classes in three dimensions, by a second head on the first one's embeddings."""
+"""A sphere that can be seen: some of the classes in three dimensions, by a head on the embeddings of another one."""
 from collections.abc import Iterable
 from pathlib import Path
 
