@@ -170,9 +170,9 @@ def _right(**counts):
 
 def test_what_lost_is_not_praised():
     said, _ = claims(_runs(dl2pa=30.0, linear=70.0), _right(dl2pa=30, linear=70))
-    assert '40.0 points less accurate than linear classifier' in said and 'more' not in said
+    assert '40.0 points less accurate than the linear classifier' in said and 'more' not in said
     said, _ = claims(_runs(dl2pa=70.0, linear=30.0), _right(dl2pa=70, linear=30))
-    assert '40.0 points more accurate than linear classifier' in said and 'less' not in said
+    assert '40.0 points more accurate than the linear classifier' in said and 'less' not in said
 
 
 def test_a_small_difference_is_called_none():

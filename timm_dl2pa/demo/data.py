@@ -2,6 +2,7 @@
 """
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import timm.data
@@ -83,7 +84,7 @@ def load_data(data_dir: str | None, classes: int, model: str, seed: int, device:
     for path, label in files.train:
         first.setdefault(label, path)
     return Data(
-        source='the images of the folder', names=files.names,
+        source=f'the images of the folder {Path(data_dir).resolve().name}', names=files.names,
         train=DataLoader(train, shuffle=True, drop_last=len(train) > BATCH_SIZE, persistent_workers=True,
                          generator=torch.Generator().manual_seed(seed), **parts),
         test=DataLoader(test, persistent_workers=True, **parts),

@@ -9,6 +9,8 @@ from .training import Run
 __all__ = ['COLUMNS', 'claims', 'table_rows']
 
 COLUMNS = ('head', 'top-1', 'head parameters', 'ms a step', 'labels moved')
+# As they stand in a sentence.
+_NAMES = {kind: title if title.startswith('the ') else f'the {title}' for kind, title in HEADS.items()}
 # A difference of fewer standard errors is called none.
 _ERRORS = 2.0
 
@@ -35,12 +37,12 @@ def claims(runs: dict[str, Run], right: dict[str, torch.Tensor]) -> list[str]:
     others = {kind: run for kind, run in runs.items() if kind != 'dl2pa'}
     lines = []
     for kind, run in sorted(others.items(), key=lambda item: -item[1].top1):
-        lines.append(f'{_compared(ours.top1 - run.top1, _error(right["dl2pa"], right[kind]))} {HEADS[kind]}')
+        lines.append(f'{_compared(ours.top1 - run.top1, _error(right["dl2pa"], right[kind]))} {_NAMES[kind]}')
     linear = runs['linear']
     return [
         f'{HEADS["dl2pa"]}: {"; ".join(lines)}.',
-        f'Its head has {100 * ours.head_parameters / linear.head_parameters:.0f} % of the parameters of the '
-        f'{HEADS["linear"]}, and its step takes '
+        f'Its head has {100 * ours.head_parameters / linear.head_parameters:.0f} % of the parameters of that of '
+        f'{_NAMES["linear"]}, and its step takes '
         f'{100 * ours.step_milliseconds / linear.step_milliseconds:.0f} % of the time.',
     ]
 

@@ -60,7 +60,7 @@ class _Trainee:
             self.criterion = SquaredCosineLoss(heads_of(network)[0], **RECIPES[RECIPES_OF[kind]].loss_arguments)
         self.optimizer = create_optimizer_v2(network, opt='adamw', lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         self.rates = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, _LEARNING_RATE, total_steps=total,
-                                                         pct_start=0.1)
+                                                         pct_start=0.1, cycle_momentum=False)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Train on a batch; return the loss."""
