@@ -80,7 +80,7 @@ def test_the_pictures_show_something(output, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('split', [True, False])
-def test_own_images(tmp_path, split):
+def test_own_images(tmp_path, split, capsys):
     from PIL import Image
     generator = torch.Generator().manual_seed(0)
     for part in ('train', 'val') if split else ('',):
@@ -92,6 +92,8 @@ def test_own_images(tmp_path, split):
                 Image.fromarray((noise + shade).numpy()).save(folder / f'{number}.png')
     assert cli.main(['demo', '--data-dir', str(tmp_path / 'data'), '--model', 'test_convnext', '--dim', '2',
                      '--epochs', '1', '--output', str(tmp_path / 'out')]) == 0
+    said = capsys.readouterr()
+    assert 'epoch  1 of 1, top-1' in said.out and 'batch' not in said.err  # no progress bar where there is no terminal
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['classes'] == ['cat', 'dog'] and results['model'] == 'test_convnext'
     assert results['test_images'] == (20 if split else 4)
@@ -133,12 +135,19 @@ def test_letters_are_the_same_in_each_call_and_in_the_middle():
         assert all(abs(part[0] + part[-1] - 31) <= 1 for part in (rows, columns))
 
 
-def test_a_warp_moves_each_image_in_its_own_way():
-    images = draw_letters(2).train[:1, :1].expand(6, 1, 32, 32)
+def test_a_warp_moves_slants_and_scales_each_image_in_its_own_way():
+    images = draw_letters(2).train[:1, :1].expand(64, 1, 32, 32)
     warped = warp(images, torch.Generator().manual_seed(0))
-    assert warped.shape == (6, 1, 32, 32) and warped.min() >= -1 and warped.max() <= 1
-    assert (warped[1:] - warped[:1]).abs().mean(dim=(1, 2, 3)).min() > 0.01
+    assert warped.shape == (64, 1, 32, 32) and warped.min() >= -1 and warped.max() <= 1
     assert torch.equal(warped, warp(images, torch.Generator().manual_seed(0)))
+    ink = (warped[:, 0] + 0.4).clamp(min=0)  # without the noise
+    ink = ink / ink.sum(dim=(1, 2), keepdim=True)
+    steps = torch.arange(32.0)
+    row, column = (ink.sum(2) @ steps)[:, None, None], (ink.sum(1) @ steps)[:, None, None]
+    down, right = steps[:, None] - row, steps - column
+    height = (ink * down ** 2).sum(dim=(1, 2))
+    slant = (ink * down * right).sum(dim=(1, 2)) / height
+    assert row.std() > 0.5 and column.std() > 0.5 and slant.std() > 0.1 and height.sqrt().std() > 0.2
 
 
 # ---- heads
