@@ -45,23 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     demo = commands.add_parser(
         'demo',
-        help='train three heads on real images side by side, in under a minute',
-        description='Trains the same timm backbone with its linear classifier, with fixed prototypes under a static '
-                    'assignment, and with DL2PA; prints a table, and writes the trained model, the table as JSON and a '
-                    'plot. Without --data-dir, the images are scikit-learn\'s handwritten digits.',
+        help='train five heads on real images side by side, in about a minute',
+        description='Trains the same small timm backbone with a linear classifier, with a linear classifier after the '
+                    'neck of a DL2PA head, with static prototypes, with the paper\'s rule, and with the default. '
+                    'Prints a table, and writes a report for the browser (report.html), its pictures, the table as '
+                    'JSON and the trained default model. Without --data-dir, the images are letters as the faces of '
+                    'DejaVu draw them that matplotlib carries.',
+        epilog='example: timm-dl2pa demo --data-dir photos --model resnet18 --dim 32',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument('--data-dir', metavar='DIR',
+    demo.add_argument('--data-dir', metavar='DIR', default=argparse.SUPPRESS,
                       help='an ImageFolder: DIR/<class>/*, of which a fifth is held out for testing, or '
-                           'DIR/train/<class>/* and DIR/val/<class>/* (or validation, test)')
-    demo.add_argument('--model', default='test_resnet', metavar='NAME', help='any timm model')
-    demo.add_argument('--dim', type=int, default=3, metavar='D', help='dimension of the embeddings')
-    demo.add_argument('--epochs', type=int, default=8, metavar='N')
+                           'DIR/train/<class>/* and DIR/val/<class>/* (or valid, validation, test)')
+    demo.add_argument('--model', default='test_byobnet', metavar='NAME', help='any timm model')
+    demo.add_argument('--dim', type=int, default=64, metavar='D', help='dimension of the embeddings')
+    demo.add_argument('--epochs', type=int, default=10, metavar='N', help='passes over the training images')
+    demo.add_argument('--classes', type=int, default=300, metavar='C', help='number of letters; not with --data-dir')
     demo.add_argument('--seed', type=int, default=0, metavar='N',
-                      help='seed of the weights, the order of the images and the prototypes')
-    demo.add_argument('--device', default=None, metavar='DEVICE',
-                      help='cpu, cuda, cuda:1, ...; default: a GPU if there is one')
-    demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='folder for model, table and plot')
+                      help='seed of the weights, the order and warps of the images and the prototypes')
+    demo.add_argument('--device', default=argparse.SUPPRESS, metavar='DEVICE',
+                      help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
+    demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='folder for all that is written')
     finetune = _add_finetune(commands)
     commands.add_parser(
         'run', add_help=False,
