@@ -108,18 +108,20 @@ def assignment_large(record: dict[str, Any]) -> str:
     return assignment(record)
 
 
+_DEMO = {'linear': 'linear classifier', 'linear_neck': 'linear classifier after the neck',
+         'static': 'static prototypes', 'paper': "the paper's rule", 'dl2pa': 'DL2PA, the default'}
+
+
 def demo(record: dict[str, Any]) -> str:
-    names = {'linear': 'linear classifier', 'static': 'fixed prototypes, static assignment', 'dl2pa': 'DL2PA'}
-    rows = [[names[run['head']], f'{run["top1"]:.2f}', f'{run["head_parameters"]:,}', sum(run['moved']) or '-']
+    rows = [[_DEMO[run['head']], f'{run["top1"]:.2f}', f'{run["head_parameters"]:,}', sum(run['moved']) or '-']
             for run in record['runs']]
     return table(['head', 'top-1', 'head parameters', 'labels moved, in all'], rows)
 
 
 def demo_seeds(record: dict[str, Any]) -> str:
-    rows = [[f'{r["seed"]}', *(f'{r[head]:.2f}' for head in ('linear', 'static', 'dl2pa'))] for r in record['results']]
-    columns = ('linear', 'static', 'dl2pa')
-    mean = [f'{sum(r[head] for r in record["results"]) / len(rows):.2f}' for head in columns]
-    return table(['seed', 'linear classifier', 'static', 'DL2PA'], [*rows, ['mean', *mean]])
+    rows = [[f'{r["seed"]}', *(f'{r[head]:.2f}' for head in _DEMO)] for r in record['results']]
+    means = [f'{mean(r[head] for r in record["results"]):.2f}' for head in _DEMO]
+    return table(['seed', *_DEMO.values()], [*rows, ['mean', *means]])
 
 
 # Methods as the tables name them: by the recipe's method, loss, neck and the scheduler's options.

@@ -205,10 +205,10 @@ def test_placed_prototypes_fit_the_embeddings_better_than_rotated_ones():
 
 
 @pytest.mark.timm
-def test_the_plugin_places_for_half_of_the_scripts_epochs(plugin, tmp_path):
-    task = train(tmp_path, epochs=5, dl2pa_dim=3)
+def test_the_plugin_places_for_four_fifths_of_the_scripts_epochs(plugin, tmp_path):
+    task = train(tmp_path, epochs=6, dl2pa_dim=3)
     assert [(update.event, update.step, update.epoch) for update in task.assignment_scheduler.history] == [
-        ('placed', 2 * BATCHES, 2), ('resolve', 3 * BATCHES, 3), ('resolve', 4 * BATCHES, 4)]
+        ('placed', 4 * BATCHES, 4), ('resolve', 5 * BATCHES, 5)]
     even = train(tmp_path / 'even', epochs=5, dl2pa_dim=3, dl2pa_recipe='even').assignment_scheduler.history
     assert [(update.event, update.epoch) for update in even[:2]] == [('rotated', 1), ('resolve', 2)]
     own = train(tmp_path / 'own', epochs=3, dl2pa_dim=3, dl2pa_evenness=0.3, dl2pa_warmup_length='9 epochs')

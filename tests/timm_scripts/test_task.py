@@ -215,7 +215,7 @@ def by_hand(interval, epochs=3):
     """The same training as a plain loop, and the assignment in force at each batch."""
     model = make_model(dl2pa_dim=3).train()
     head = model.get_classifier()
-    scheduler = AssignmentScheduler(model, interval=interval, warmup_length=math.inf)
+    scheduler = AssignmentScheduler(model, interval=interval, warmup_length='1 epoch')
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
     losses = []
@@ -229,14 +229,13 @@ def by_hand(interval, epochs=3):
             optimizer.zero_grad()
             losses.append(loss.item())
         scheduler.epoch_end()
-        scheduler.end_warmup()
     return losses, head.assignment, scheduler.history
 
 
 @pytest.mark.parametrize('interval', ['epoch', 3])
 def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
     caplog.set_level(logging.INFO)
-    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=interval)
+    task = train(tmp_path, dl2pa_dim=3, dl2pa_interval=interval, dl2pa_warmup_length='1 epoch')
     assert isinstance(task, ClassificationTask) and type(task).__name__ == 'ClassificationTask'
     losses, assignment, history = by_hand(interval)
     assert task.losses == losses
@@ -345,7 +344,7 @@ def test_split_batch_norm_leaves_the_necks_alone(tmp_path):
     assert type(model.get_classifier().neck[1]) is torch.nn.BatchNorm1d
     assert any('SplitBatchNorm' in type(module).__name__ for module in model.modules())
     task = train(tmp_path, model=model)
-    assert len(task.assignment_scheduler.history) == 2
+    assert [update.event for update in task.assignment_scheduler.history] == ['placed']
 
 
 def test_synchronised_batch_norm_reaches_the_necks():
@@ -534,7 +533,7 @@ def test_resume_after_a_kill_goes_on_from_the_last_checkpoint(tmp_path):
 
 
 def test_a_recovery_checkpoint_holds_the_state_of_its_moment(tmp_path):
-    options = dict(dl2pa_dim=3)
+    options = dict(dl2pa_dim=3, dl2pa_warmup_length='1 epoch')
     with pytest.raises(Killed):
         train(tmp_path, die_after=BATCHES + 2, recovery_interval=2, **options)
     recovery = tmp_path / 'recovery-1-1.pth.tar'
