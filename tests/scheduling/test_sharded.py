@@ -105,4 +105,4 @@ def test_sharded_training_is_that_of_ddp(tmp_path, way, recipe):
         assert torch.allclose(model.eval()(x), found['logits'], atol=0.1 if rounded else 1e-4)
         assert torch.allclose(found['again'], found['logits'], atol=0.1 if rounded else 1e-4)
         for name, value in found['plain'].items():
-            assert torch.allclose(found['state'][name], value, atol=0.2 if rounded else 1e-4), name
+            assert torch.allclose(found['state'][name], value, atol=0.4 if rounded else 1e-4), name

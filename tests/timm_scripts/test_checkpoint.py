@@ -23,7 +23,8 @@ def good():
     """What train.py writes, by the plugin."""
     with plugged_in():
         state = make_model(dl2pa_dim=3).state_dict()
-    scheduler = {'steps': 4, 'epochs': 1, 'due': False, 'resolver': {'history': [UPDATE]},
+    scheduler = {'clock': {'batches': 4, 'epochs': 1, 'epoch_began': 4, 'epoch_length': 4}, 'due': False,
+                 'resolver': {'history': [UPDATE]},
                  'class_means': {'sums': torch.ones(5, 3)}}
     return {'state_dict': state, 'epoch': 1, 'metric': 50.0, 'args': Namespace(model='test_resnet', model_kwargs={}),
             'task_state': {'dl2pa': {'options': {'dim': 3}, 'batches': 0, 'scheduler': scheduler}}}
@@ -83,7 +84,7 @@ BAD = {
     'aliased kwargs': (change(args__model_kwargs={'dl2pa_dim': nested()}), 'args holds more than'),
     'aliased options': (change(task_state__dl2pa__options={'dim': nested()}), 'task_state.dl2pa.options holds more'),
     'scheduler': (change(**{SCHEDULER: [1]}), 'is not the state of an AssignmentScheduler'),
-    'steps': (change(**{f'{SCHEDULER}__steps': 'four'}), 'it must count batches'),
+    'steps': (change(**{f'{SCHEDULER}__clock__batches': 'four'}), 'it must count batches'),
     'history': (change(**{f'{SCHEDULER}__resolver__history': [{**UPDATE, 'objective': None}]}),
                 'update 0 of its history must have objective, of the type float'),
     'class sums': (change(**{f'{SCHEDULER}__class_means__sums': claimed(2 ** 30, 2 ** 30)}), 'class_means.sums must'),

@@ -311,7 +311,7 @@ def test_what_a_script_offers(tmp_path, offer):
     if 'mixup' in options:
         options['mixup'] = Mixup(num_classes=CLASSES, label_smoothing=0.1, **options['mixup'])
     task = train(tmp_path, dl2pa_dim=3, **options)
-    assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
+    assert [update.epoch for update in task.assignment_scheduler.history] == [2]
     assert all(map(torch.isfinite, map(torch.tensor, task.losses)))
     state = load(tmp_path / 'last.pth.tar')
     assert state['task_state']['dl2pa']['scheduler']['clock']['batches'] == 3 * BATCHES
@@ -378,7 +378,7 @@ def test_distillation(tmp_path, kind, loss):
 
     options = dict(make_task=make_task, dl2pa_dim=3, dl2pa_loss=loss, **student)
     task = train(tmp_path / 'unbroken', **options)
-    assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
+    assert [update.epoch for update in task.assignment_scheduler.history] == [2]
     state = load(tmp_path / 'unbroken' / 'last.pth.tar')['task_state']
     # timm's own task state is there beside ours.
     assert ('projection' in state) == (kind is FeatureDistillationTask)
@@ -612,7 +612,8 @@ def test_checkpoint_path_loads_whole_or_is_refused(tmp_path):
 
 
 # No batch norm, no step: samples alone matter.
-DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, dl2pa_neck='linear', lr=0.0)
+DISTRIBUTED = dict(name='test_vit', img_size=32, dl2pa_dim=3, dl2pa_neck='linear', dl2pa_warmup_length='1 epoch',
+                   lr=0.0)
 
 
 def in_process(rank, folder):

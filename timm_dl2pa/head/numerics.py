@@ -37,10 +37,10 @@ def _divided_by_length(z: torch.Tensor, shortest: float = _SHORTEST) -> torch.Te
     return z / length.masked_fill(length < shortest, math.inf)
 
 
-def slowly_learned(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's value, whose gradient reaches the parameter multiplied by 0.01."""
+def slowly_learned(parameter: torch.Tensor, factor: float = _SCALE_GRADIENT) -> torch.Tensor:
+    """Return a parameter's value, whose gradient reaches the parameter multiplied by 0.01, or another factor."""
     value = parameter.detach()
-    return value + _SCALE_GRADIENT * (parameter - value)
+    return value + factor * (parameter - value)
 
 
 @torch.fx.wrap
