@@ -376,9 +376,9 @@ def test_distillation(tmp_path, kind, loss):
             torch.manual_seed(0)  # the projection of feature distillation
             return kind(student_model=model, teacher_model=teacher, **kwargs)
 
-    options = dict(make_task=make_task, dl2pa_dim=3, dl2pa_loss=loss, **student)
+    options = dict(make_task=make_task, dl2pa_dim=3, dl2pa_loss=loss, dl2pa_warmup_length='1 epoch', **student)
     task = train(tmp_path / 'unbroken', **options)
-    assert [update.epoch for update in task.assignment_scheduler.history] == [2]
+    assert [update.epoch for update in task.assignment_scheduler.history] == [1, 2]
     state = load(tmp_path / 'unbroken' / 'last.pth.tar')['task_state']
     # timm's own task state is there beside ours.
     assert ('projection' in state) == (kind is FeatureDistillationTask)
