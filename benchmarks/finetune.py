@@ -10,9 +10,7 @@ does it anew). Each adds its row at once, so the command can be stopped and call
 are computed once and kept in `.data/finetune`. The methods are described in `finetune_methods.py`.
 """
 import argparse
-import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 from finetune_data import CACHE, data_name, load_data
 from finetune_methods import METHODS
 from finetune_run import BACKBONES, PRIME_IMAGES, Setting, run
-from results_file import add_output_argument, command_line, environment, write_results
+from results_file import Runs, add_output_argument
 
 NAME = 'finetune'
 
@@ -67,32 +65,11 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
     yield from dict.fromkeys(combined)
 
 
-def read_earlier(folder: Path) -> tuple[dict[Setting, dict[str, Any]], list[str]]:
-    """Return the rows that there are, by their settings, and the commands that made them.
-
-    Raises:
-        ValueError: They are another machine's, or of other versions: CPU seconds would be mixed.
-    """
-    path = folder / f'{NAME}.json'
-    if not path.exists():
-        return {}, []
-    record = json.loads(path.read_text())
-    here, there = environment(), record['environment']
-    different = [name for name in here if name not in ('commit', 'timm_dl2pa') and here[name] != there.get(name)]
-    if different:
-        raise ValueError(f'{path} is of another machine or of other versions ({", ".join(different)}): give another '
-                         f'folder with --output.')
-    rows = record['results']
-    settings = (Setting(**{field.name: row[field.name] for field in dataclasses.fields(Setting)}) for row in rows)
-    return dict(zip(settings, rows)), record['settings']['commands']
-
-
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(args.threads)
-    rows, commands = read_earlier(args.output)
-    commands = list(dict.fromkeys([*commands, command_line()]))
-    todo = [setting for setting in settings_of(args) if args.again or setting not in rows]
+    runs = Runs(NAME, Setting, args.output)
+    todo = [setting for setting in settings_of(args) if args.again or setting not in runs]
     print(f'{len(todo)} runs')
     seed = images = None
     for setting in todo:
@@ -101,8 +78,7 @@ def main() -> None:
             images = load_data(args.data, arrays=args.arrays, size=args.size, seed=seed, test_images=args.test_images,
                                cache=args.cache)
         found = run(setting, images, args.weights, args.cache)
-        rows[setting] = {**dataclasses.asdict(setting), **found, 'commit': environment()['commit']}
-        write_results(NAME, {'commands': commands}, list(rows.values()), args.output)
+        runs.add(setting, found)
         print(line(setting, found), flush=True)
 
 

@@ -19,9 +19,7 @@ command can be stopped and called again. A row has
 - the process's peak memory in the training, and before the classifier was made, with data and backbone.
 """
 import argparse
-import dataclasses
 import itertools
-import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +29,7 @@ import torch
 from glyphs import CACHE, CHARACTERS
 from many_classes_methods import METHODS
 from many_classes_run import Setting, run
-from results_file import add_output_argument, command_line, environment, write_results
+from results_file import Runs, add_output_argument
 
 NAME = 'many_classes'
 
@@ -66,26 +64,6 @@ def settings_of(args: argparse.Namespace) -> Iterator[Setting]:
     yield from dict.fromkeys(combined)
 
 
-def read_earlier(folder: Path) -> tuple[dict[Setting, dict[str, Any]], list[str]]:
-    """Return the rows that there are, by their settings, and the commands that made them.
-
-    Raises:
-        ValueError: They are another machine's, or of other versions: CPU seconds would be mixed.
-    """
-    path = folder / f'{NAME}.json'
-    if not path.exists():
-        return {}, []
-    record = json.loads(path.read_text())
-    here, there = environment(), record['environment']
-    different = [name for name in here if name not in ('commit', 'timm_dl2pa') and here[name] != there.get(name)]
-    if different:
-        raise ValueError(f'{path} is of another machine or of other versions ({", ".join(different)}): give another '
-                         f'folder with --output.')
-    rows = record['results']
-    settings = (Setting(**{field.name: row[field.name] for field in dataclasses.fields(Setting)}) for row in rows)
-    return dict(zip(settings, rows)), record['settings']['commands']
-
-
 def run_alone(*arguments: Any, threads: int) -> dict[str, Any]:
     """Return what `run` does, called in a new process."""
     with multiprocessing.get_context('spawn').Pool(1, torch.set_num_threads, (threads,)) as pool:
@@ -95,16 +73,13 @@ def run_alone(*arguments: Any, threads: int) -> dict[str, Any]:
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(args.threads)
-    rows, _ = read_earlier(args.output)
-    todo = [setting for setting in settings_of(args) if setting not in rows]
+    runs = Runs(NAME, Setting, args.output)
+    todo = [setting for setting in settings_of(args) if setting not in runs]
     print(f'{len(todo)} runs')
     folder = None if args.data in CHARACTERS else Path(args.data)
     for setting in todo:
         found = run_alone(setting, folder, args.fonts, args.cache, threads=args.threads)
-        rows, commands = read_earlier(args.output)  # to which another process may have added
-        rows[setting] = {**dataclasses.asdict(setting), **found, 'commit': environment()['commit']}
-        commands = list(dict.fromkeys([*commands, command_line()]))
-        write_results(NAME, {'commands': commands}, list(rows.values()), args.output)
+        runs.add(setting, found)
         print(line(setting, found), flush=True)
 
 

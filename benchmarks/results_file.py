@@ -1,5 +1,6 @@
 """One benchmark, one JSON file: the figures with the command, the versions and the machine that made them."""
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import torch
 
 import timm_dl2pa
 
-__all__ = ['RESULTS', 'add_output_argument', 'command_line', 'environment', 'read_results', 'result_name',
+__all__ = ['RESULTS', 'Runs', 'add_output_argument', 'command_line', 'environment', 'read_results', 'result_name',
            'write_json', 'write_results']
 
 RESULTS = Path(__file__).parent / 'results'
@@ -108,3 +109,46 @@ def write_results(name: str, settings: dict[str, Any], results: Any, folder: Pat
         'results': results,
     })
     return path
+
+
+class Runs:
+    """The rows of a benchmark by their settings. Each is added at once, so that it can be stopped and called again.
+
+    Args:
+        name: Of the file, `<folder>/<name>.json`.
+        setting: The dataclass of settings; a row has its fields.
+        folder: Where it is.
+
+    Raises:
+        ValueError: The rows are another machine's, or of other versions: seconds would be mixed.
+    """
+
+    def __init__(self, name: str, setting: type, folder: Path):
+        self.name, self.setting, self.folder = name, setting, folder
+        self.rows: dict[Any, dict[str, Any]] = {}
+        self.commands: list[str] = []
+        self._read()
+
+    def __contains__(self, setting: Any) -> bool:
+        return setting in self.rows
+
+    def _read(self) -> None:
+        path = self.folder / f'{self.name}.json'
+        if not path.exists():
+            return
+        record = json.loads(path.read_text())
+        here, there = environment(), record['environment']
+        different = [name for name in here if name not in ('commit', 'timm_dl2pa') and here[name] != there.get(name)]
+        if different:
+            raise ValueError(f'{path} is of another machine or of other versions ({", ".join(different)}): give '
+                             f'another folder with --output.')
+        names = [field.name for field in dataclasses.fields(self.setting)]
+        self.rows = {self.setting(**{name: row[name] for name in names}): row for row in record['results']}
+        self.commands = record['settings']['commands']
+
+    def add(self, setting: Any, found: dict[str, Any]) -> None:
+        """Add a run, or replace it, and write the file, to which another process may have added meanwhile."""
+        self._read()
+        self.rows[setting] = {**dataclasses.asdict(setting), **found, 'commit': environment()['commit']}
+        self.commands = list(dict.fromkeys([*self.commands, command_line()]))
+        write_results(self.name, {'commands': self.commands}, list(self.rows.values()), self.folder)

@@ -18,9 +18,7 @@ A method ending in `_plain` has a linear neck without batch norm and a fixed sca
 a half and four fifths) and `adamw` (cosine). Each run adds its row at once, and is not run again.
 """
 import argparse
-import dataclasses
 import itertools
-import json
 import math
 import statistics
 import time
@@ -33,7 +31,7 @@ import torch
 import torch.nn as nn
 from accuracy_methods import CosineClassifier
 from image_arrays import augment
-from results_file import add_output_argument, command_line, environment, write_results
+from results_file import Runs, add_output_argument, read_results
 from suite_data import DATA, Samples, load_samples
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, default_scale
@@ -208,14 +206,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(args.threads)
-    path = args.output / f'{NAME}.json'
-    record = json.loads(path.read_text()) if path.exists() else {'settings': {'commands': []}, 'results': []}
-    names = [field.name for field in dataclasses.fields(Setting)]
-    rows = {Setting(**{name: row[name] for name in names}): row for row in record['results']}
     if args.table:
-        print(table(list(rows.values())))
+        print(table(read_results(NAME, args.output)))
         return
-    commands = list(dict.fromkeys([*record['settings']['commands'], command_line()]))
+    runs = Runs(NAME, Setting, args.output)
     for data in args.data:
         samples = None
         for seed, share, training, method in itertools.product(args.seeds, args.dims, args.trainings, args.methods):
@@ -223,11 +217,10 @@ def main() -> None:
                 samples = load_samples(data, arrays=args.arrays, grocery=args.grocery, weights=args.weights)
             dim = max(2, round(SHARES[share] * samples.num_classes))
             setting = Setting(data, method, None if method == 'linear' else dim, training, seed)
-            if setting in rows:
+            if setting in runs:
                 continue
             found = run(setting, samples)
-            rows[setting] = {**dataclasses.asdict(setting), **found, 'commit': environment()['commit']}
-            write_results(NAME, {'commands': commands}, list(rows.values()), args.output)
+            runs.add(setting, found)
             print(f'{data} {method} d={setting.dim} {training} seed {seed}: {found}', flush=True)
 
 

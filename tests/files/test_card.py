@@ -225,12 +225,12 @@ def test_a_checkpoints_training(hub, trained, monkeypatch, caplog):
     task, run = trained
     path = run / 'last.pth.tar'
     top1 = float((run / 'summary.csv').read_text().splitlines()[-1].rpartition(',')[2])
-    change(path, eval_metric='top1', lr=0.05, opt='sgd', data_dir='/home/somebody/data', dataset='/home/data')
+    change(path, eval_metric='top1', lr=0.05, opt='sgd', data_dir='drive/somebody', dataset='drive/data')
     for options in ((), ('--head-only',), ('--folded',)):
         text, data = pushed(hub, path, *options)
         assert data.eval_results[0].metric_value == pytest.approx(top1 / 100)
         assert f'| **this** | 3 | {task.losses[-1]:.4g} | {top1:.4g} |' in text
-        assert 'lr 0.05' in text and 'opt sgd' in text and 'home' not in text
+        assert 'lr 0.05' in text and 'opt sgd' in text and 'drive' not in text
         assert f'recomputed {len(task.assignment_scheduler.history) - 1} times' in text and '| placed |' in text
         assert 'by the mean directions of their embeddings' in text and 'prototypes.png' in hub.files('me/model')
     assert data.license == 'apache-2.0' and data.base_model is None
@@ -271,7 +271,7 @@ def test_args_yaml_serves_where_the_checkpoint_has_none(hub, trained, monkeypatc
     path = run / 'last.pth.tar'
     state = torch.load(path, weights_only=False)
     torch.save({name: value for name, value in state.items() if name != 'args'}, path)
-    (run / 'args.yaml').write_text('opt: lamb\neval_metric: top1\ndata_dir: /home/somebody\n')
+    (run / 'args.yaml').write_text('opt: lamb\neval_metric: top1\ndata_dir: drive/somebody\n')
     text, _ = pushed(hub, path)
     assert 'opt lamb' in text and 'somebody' not in text
     (run / 'args.yaml').write_text('!!python/object/apply:os.system ["true"]')

@@ -98,7 +98,7 @@ def test_nothing_of_the_size_of_all_classes(kind, warmup):
 @pytest.mark.filterwarnings('ignore:.*is the cross-entropy of the scaled cosines')
 def test_a_warmup_samples_its_own_class_vectors(monkeypatch, warmup):
     """The losses of distances too, where there are many classes; of few they take all."""
-    monkeypatch.setattr('timm_dl2pa.losses.prototype_losses._MANY_CLASSES', C - 1)
+    monkeypatch.setattr('timm_dl2pa.losses.prototype_losses.MANY_CLASSES', C - 1)
     head, x = setting(learn_scale=False)
     scheduler = AssignmentScheduler(head, interval=100, warmup=warmup)
     for start in (0, C // 2):  # every class is seen
@@ -109,7 +109,7 @@ def test_a_warmup_samples_its_own_class_vectors(monkeypatch, warmup):
         assert torch.allclose(criterion(head(x), LABELS), expected, atol=1e-5)
         criterion.sampler.num_sampled = 4
         assert not torch.allclose(criterion(head(x), LABELS), expected, atol=1e-5)
-    monkeypatch.setattr('timm_dl2pa.losses.prototype_losses._MANY_CLASSES', C)
+    monkeypatch.setattr('timm_dl2pa.losses.prototype_losses.MANY_CLASSES', C)
     assert not SquaredCosineLoss(head).state_dict()
 
 
@@ -165,3 +165,13 @@ def test_bad_labels_and_arguments():
         with pytest.raises(ValueError, match=message):
             SampledCrossEntropyLoss(head, **arguments)
     assert SampledCrossEntropyLoss(head, 4)(head(x)[:0], LABELS[:0]) == 0
+
+
+def test_from_where_on_classes_are_sampled():
+    """What the documentation says: beyond 8,192 classes, in losses and in the placement alike."""
+    for classes, samples in ((8192, False), (8193, True)):
+        prototypes = torch.nn.functional.normalize(torch.randn(classes, 2), dim=1)
+        head = DL2PAHead(4, classes, 2, prototypes=prototypes, learn_scale=False, train_output='embeddings')
+        assert (SquaredCosineLoss(head).sampler is not None) == samples
+        warmup = AssignmentScheduler(head).warmup
+        assert (warmup.placement._sampler is not None) == samples

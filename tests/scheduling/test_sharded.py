@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.helpers.processes import run_ranks
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
 
-STEPS, CLASSES = 8, 5
+STEPS, CLASSES = 12, 5
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -31,8 +31,8 @@ def batch(rank, step):
 
 def train(model, rank):
     """Train through a warm-up and a re-solve; return what the scheduler did."""
-    scheduler = AssignmentScheduler(model, interval=2, warmup_length=4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = AssignmentScheduler(model, interval=2, warmup_length=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(STEPS):
         x, labels = batch(rank, step)
         nn.functional.cross_entropy(model(x), labels).backward()
@@ -105,4 +105,4 @@ def test_sharded_training_is_that_of_ddp(tmp_path, way, recipe):
         assert torch.allclose(model.eval()(x), found['logits'], atol=0.1 if rounded else 1e-4)
         assert torch.allclose(found['again'], found['logits'], atol=0.1 if rounded else 1e-4)
         for name, value in found['plain'].items():
-            assert torch.allclose(found['state'][name], value, atol=0.4 if rounded else 1e-4), name
+            assert torch.allclose(found['state'][name], value, atol=0.2 if rounded else 1e-4), name

@@ -5,11 +5,11 @@ from .loading import check_same_assignment, check_scale_in_file, head_prefixes
 from .module import DL2PAHead
 from .neck import NECKS, load_neck
 from .numerics import plain_tensor
-from .sampling import ClassSample, ClassSampler, first_of_each
+from .sampling import MANY_CLASSES, NUM_SAMPLED, ClassSample, ClassSampler, first_of_each
 from .view import TrainingView
 
-__all__ = ['NECKS', 'ClassSample', 'ClassSampler', 'DL2PAConfig', 'DL2PAHead', 'TrainingView', 'check_same_assignment',
-           'check_scale_in_file', 'default_scale', 'first_of_each', 'head_prefixes', 'heads_of', 'left_out_by_peft',
-           'load_head', 'load_neck', 'plain_tensor']
+__all__ = ['MANY_CLASSES', 'NECKS', 'NUM_SAMPLED', 'ClassSample', 'ClassSampler', 'DL2PAConfig', 'DL2PAHead',
+           'TrainingView', 'check_same_assignment', 'check_scale_in_file', 'default_scale', 'first_of_each',
+           'head_prefixes', 'heads_of', 'left_out_by_peft', 'load_head', 'load_neck', 'plain_tensor']
 
 load_head = DL2PAHead.from_pretrained

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-__all__ = ['ClassSample', 'ClassSampler', 'first_of_each']
+__all__ = ['MANY_CLASSES', 'NUM_SAMPLED', 'ClassSample', 'ClassSampler', 'first_of_each']
+
+# Beyond so many classes nothing is done with all of them for each batch, but where it was asked for.
+MANY_CLASSES = 8192
+# Classes that are sampled for a batch, besides its own, where nobody says how many.
+NUM_SAMPLED = 1024
 
 # Numbers of multipliers and offsets. They have no common divisor, so that a million steps pass before a pair returns.
 _MULTIPLIERS, _OFFSETS = 1021, 1024
@@ -100,20 +105,16 @@ class ClassSampler(nn.Module):
             known, labels = labels.where(kept, self.num_classes), labels.where(kept, drawn[0])
         # A last one that is no class, so that there always is one that is not smaller.
         ordered, order = nn.functional.pad(known, (0, 1), value=self.num_classes).sort()
-        is_first = ordered < self.num_classes
-        is_first[1:] &= ordered[1:] != ordered[:-1]
-        is_present = torch.empty_like(is_first).scatter_(0, order, is_first)[:-1]
         classes = torch.cat([labels, drawn])
-        place = torch.searchsorted(ordered, classes)
-        is_present_class = ordered[place] == classes
-        is_other = ~is_present_class[len(labels):]
-        own = torch.arange(len(classes), device=labels.device)
-        own[:len(labels)] = len(labels)  # of those that are left out
-        rows = torch.where(is_present_class, order[place], own)
-        weight = (self.num_classes - is_first.sum()) / is_other.sum().clamp_min(1)
-        log_weights = torch.cat([torch.where(is_present, 0.0, -math.inf),
-                                 torch.where(is_other, weight.log(), -math.inf)])
-        return ClassSample(classes, log_weights.float(), rows)
+        places = torch.arange(len(classes), device=labels.device)
+        first = torch.searchsorted(ordered, classes)
+        # Of what is no label of the batch: a sampled class stands for itself, the first of them for what is left out.
+        rows = torch.where(ordered[first] == classes, order[first], places.clamp_min(len(labels)))
+        stands = rows == places
+        of_batch, others = stands[:len(labels)].sum(), stands[len(labels):].sum()
+        weight = (self.num_classes - of_batch) / others.clamp_min(1)
+        log_weights = torch.where(places < len(labels), 0.0, weight.log())
+        return ClassSample(classes, log_weights.masked_fill(~stands, -math.inf).float(), rows)
 
     def classes_of(self, step: torch.Tensor) -> torch.Tensor:
         """Return the classes (n,) int64 that are sampled at a step, () int64."""

@@ -8,10 +8,7 @@ from ..values import whole_number
 from .class_weights import ClassWeights
 from .targets import check_reduction, checked_targets, reduced
 
-__all__ = ['NUM_SAMPLED', 'HeadLoss']
-
-# Classes that are sampled for a batch, where nobody says how many.
-NUM_SAMPLED = 1024
+__all__ = ['HeadLoss']
 
 
 class HeadLoss(nn.Module):

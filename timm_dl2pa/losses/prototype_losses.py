@@ -3,15 +3,13 @@ import warnings
 
 import torch
 
-from ..head import DL2PAHead
+from ..head import MANY_CLASSES, NUM_SAMPLED, DL2PAHead
 from ..values import real_number
-from .head_loss import NUM_SAMPLED, HeadLoss
+from .head_loss import HeadLoss
 from .targets import reduced
 
 __all__ = ['DotRegressionLoss', 'SquaredCosineLoss']
 
-# Above this number of classes the cross-entropy of a warm-up samples them.
-_MANY_CLASSES = 4 * NUM_SAMPLED
 
 
 class _PrototypeLoss(HeadLoss):
@@ -27,7 +25,7 @@ class _PrototypeLoss(HeadLoss):
         if isinstance(head, DL2PAHead) and head.config.learn_scale:
             raise ValueError(f'{type(self).__name__} depends on cosines alone and would give the learned scale no '
                              f'gradient: make the head with learn_scale=False.')
-        has_many = isinstance(head, DL2PAHead) and head.num_classes > _MANY_CLASSES
+        has_many = isinstance(head, DL2PAHead) and head.num_classes > MANY_CLASSES
         super().__init__(head, reduction, class_weights, ignore_index, NUM_SAMPLED if has_many else None)
         self._warned = False
         self.weight = real_number('weight', weight, 0, remedy='It is a factor on the whole loss: weights of the '

@@ -1,9 +1,9 @@
 """SampledCrossEntropyLoss: cross-entropy over the batch's classes and a sample of the others."""
 import torch
 
-from ..head import DL2PAHead
+from ..head import NUM_SAMPLED, DL2PAHead
 from ..values import real_number, whole_number
-from .head_loss import NUM_SAMPLED, HeadLoss
+from .head_loss import HeadLoss
 
 __all__ = ['SampledCrossEntropyLoss']
 

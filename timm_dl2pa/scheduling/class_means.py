@@ -3,9 +3,9 @@ import torch
 import torch.distributed as dist
 
 from ..distributed import add_over_ranks, is_distributed, rank
-from ..head import first_of_each
+from ..head import MANY_CLASSES, first_of_each
 from ..values import whole_number
-from .gathering import MANY_CLASSES, Gathering
+from .gathering import Gathering
 from .targets import IGNORED, check_targets, shares_of
 
 __all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means']

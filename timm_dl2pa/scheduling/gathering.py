@@ -3,11 +3,9 @@ import torch
 import torch.nn as nn
 
 from ..distributed import gather_over_ranks, is_distributed, largest_over_ranks, rank
+from ..head import MANY_CLASSES
 
-__all__ = ['MANY_CLASSES', 'Gathering']
-
-# Beyond so many classes nothing is done with all of them for each batch.
-MANY_CLASSES = 8192
+__all__ = ['Gathering']
 
 
 class Gathering:

@@ -7,10 +7,10 @@ import torch
 
 from ..assignment import AssignmentResult
 from ..distributed import add_over_ranks
-from ..head import ClassSample, ClassSampler, DL2PAHead
+from ..head import MANY_CLASSES, NUM_SAMPLED, ClassSample, ClassSampler, DL2PAHead
 from ..prototypes.energy import UNIFORMITY
 from ..values import real_number
-from .gathering import MANY_CLASSES, Gathering
+from .gathering import Gathering
 from .targets import shares_of
 from .warmup import Warmup
 
@@ -29,8 +29,6 @@ _HALVED_AFTER = 50
 _LONGEST = 1.5
 # Number of classes whose repulsion one step computes: all of them up to here, beyond it one block after the other.
 _BLOCK = 128
-# Of many classes a batch moves the vectors of its own classes, and of a sample of so many others.
-NUM_SAMPLED = 1024
 
 
 class PrototypePlacement:
@@ -47,8 +45,7 @@ class PrototypePlacement:
     second spreads them. The step is `r = min(8, B / 8, C / 8) * (1 - s)`, where s is the share of the warm-up that
     is over: so the vectors have come to rest when they are fixed. Where s is not known it is `1 / (1 + n / 50)` in the
     last factor's place, after n samples per class. e = r * evenness, but C e is no more than about one over the largest
-    curvature of C * U at an evenly spread set. A step that is not finite, or ends in the origin, leaves a vector where
-    it is.
+    curvature of C * U at an evenly spread set. A step that is not finite leaves a vector where it is.
 
     Of more than 8,192 classes a batch moves its own and a sample of 1,024 others: sums over classes are estimated, and
     each sampled class's step is as many times as long as it stands for classes (`ClassSampler`). Then time and memory
@@ -110,10 +107,10 @@ class PrototypePlacement:
             vectors = vectors_of(sample.classes)
             prior = (self.counts[sample.classes] + 1).log() + sample.log_weights
             probabilities = (scale * embeddings @ vectors.t() + prior).softmax(dim=1)
-            self._count(*counted)
-            rate = self._rate(counted[1].sum(), share)
+            size = self._count(*counted)
+            rate = self._rate(size, share)
             # Factors go onto the few embeddings and the block, so that few passes over (n, d) are left.
-            pull = scale / counted[1].sum().clamp_min(1e-6) * embeddings
+            pull = scale / size.clamp_min(1e-6) * embeddings
             step = (sum(share for _, share in parts) * probabilities).t() @ -pull
             step.index_add_(0, rows, shares * pull.repeat(len(parts), 1))
             add_over_ranks(step)
@@ -125,7 +122,7 @@ class PrototypePlacement:
             step.sub_((step * vectors).sum(dim=1, keepdim=True) * vectors).add_(vectors)
             length = step.norm(dim=1, keepdim=True)
         self.steps += 1
-        moved = torch.where(length.isfinite() & (length > 0), step.div_(length), vectors)
+        moved = torch.where(length.isfinite(), step.div_(length), vectors)
         return sample.classes, moved if self._sampler is None else moved[sample.rows]
 
     def _classes(self, labels: torch.Tensor, shares: torch.Tensor) -> tuple[
@@ -141,9 +138,12 @@ class PrototypePlacement:
         sample = self._sampler(labels, shares.squeeze(1) > 0)
         return sample, sample.rows[own], (labels, shares)
 
-    def _count(self, labels: torch.Tensor, shares: torch.Tensor) -> None:
+    def _count(self, labels: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """Count a batch, and return its size, ()."""
         self.counts.index_add_(0, labels, shares.squeeze(1))
-        self.seen += shares.sum() / self.num_classes
+        size = shares.sum()
+        self.seen += size / self.num_classes
+        return size
 
     def _rate(self, size: torch.Tensor, share: float | None) -> torch.Tensor:
         """Return the step, (), for a batch of that size when that share of the warm-up is over."""
@@ -168,7 +168,7 @@ class PrototypePlacement:
         kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp_()
         kernel[others, torch.arange(len(others), device=vectors.device)] = 0.0
         kernel *= weights[others].t() > 0
-        return kernel, 2 * UNIFORMITY * self.num_classes / (weights * kernel).sum() * chosen
+        return kernel, 2 * UNIFORMITY * self.num_classes / (weights.t() @ kernel).sum() * chosen
 
     def state_dict(self) -> dict[str, torch.Tensor | float]:
         """Return the counts (C,), as a copy on the CPU, and plain numbers. The vectors are the model's."""
