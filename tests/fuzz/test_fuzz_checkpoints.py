@@ -117,7 +117,8 @@ class Executed:
 def good_checkpoint():
     with plugged_in():
         state = dict(make_model(dl2pa_dim=3).state_dict())
-    scheduler = {'clock': {'batches': 4, 'epochs': 1, 'epoch_began': 4, 'epoch_length': 4}, 'due': False,
+    scheduler = {'clock': {'batches': 4, 'epochs': 1, 'epoch_began': 4, 'epoch_length': 4, 'settled_batch': 0,
+                           'settled_epoch': 0}, 'due': False,
                  'resolver': {'history': [dict(UPDATE)]},
                  'class_means': {'sums': torch.ones(5, 3)}}
     args = argparse.Namespace(model='test_resnet', model_kwargs={'dl2pa_dim': 3}, eval_metric='top1', epochs=3, lr=0.1)

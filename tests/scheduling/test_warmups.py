@@ -18,7 +18,7 @@ EVERY = pytest.mark.parametrize('warmup', WARMUPS)
 
 @pytest.mark.parametrize('warmup', ['none', *WARMUPS])
 @pytest.mark.parametrize('length', [4, 6])
-@pytest.mark.parametrize('stopped_after', [3, 4, 6])
+@pytest.mark.parametrize('stopped_after', [3, 4, 5, 6])
 def test_resumes_to_the_bit(make_head, stopped_after, warmup, length):
     """An unbroken run equals one that was saved, loaded in new objects and continued: before, in and after the warm-up
     and with a re-solve due."""
@@ -66,6 +66,21 @@ def test_its_end_is_recorded_as_what_it_is(make_head, warmup):
     scheduler = AssignmentScheduler(head, interval=2, warmup=warmup)
     updates = [update for step in range(8) if (update := feed(head, scheduler, step))]
     assert [update.event for update in updates] == [warmup, 'resolve', 'resolve'] and updates == scheduler.history
+
+
+@EVERY
+@pytest.mark.parametrize(('interval', 'length', 'first'), [(4, 6, 12), (4, 8, 12), ('epoch', 6, 12), ('epoch', 8, 12),
+                                                           ('2:4,4', 6, 12), ('100', 6, None)])
+def test_class_means_of_a_whole_interval_come_before_the_first_resolve(make_head, warmup, interval, length, first):
+    """Class means of a few batches moved a quarter of the labels."""
+    head = make_head()
+    scheduler = AssignmentScheduler(head, interval=interval, warmup=warmup, warmup_length=length)
+    for step in range(14):
+        feed(head, scheduler, step)
+        if (step + 1) % 4 == 0:
+            scheduler.epoch_end()
+    assert [(update.event, update.step) for update in scheduler.history] == \
+        [(warmup, length), *([('resolve', first)] if first else [])]
 
 
 @EVERY

@@ -23,7 +23,8 @@ def good():
     """What train.py writes, by the plugin."""
     with plugged_in():
         state = make_model(dl2pa_dim=3).state_dict()
-    scheduler = {'clock': {'batches': 4, 'epochs': 1, 'epoch_began': 4, 'epoch_length': 4}, 'due': False,
+    scheduler = {'clock': {'batches': 4, 'epochs': 1, 'epoch_began': 4, 'epoch_length': 4, 'settled_batch': 0,
+                           'settled_epoch': 0}, 'due': False,
                  'resolver': {'history': [UPDATE]},
                  'class_means': {'sums': torch.ones(5, 3)}}
     return {'state_dict': state, 'epoch': 1, 'metric': 50.0, 'args': Namespace(model='test_resnet', model_kwargs={}),

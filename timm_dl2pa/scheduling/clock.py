@@ -83,6 +83,7 @@ class Clock:
         self.epochs = 0
         self.epoch_began = 0  # after so many batches
         self.epoch_length = 0  # batches of the last epoch
+        self.settled_batch = self.settled_epoch = 0  # the counts when the warm-up ended
         self.total = total
 
     @property
@@ -134,15 +135,25 @@ class Clock:
         duration = self.resolve(duration)
         return (self.epochs if duration.unit == 'epochs' else self.batches) >= duration.count
 
+    def settle(self) -> None:
+        """Note that the warm-up is over. Of an epoch that is under way the rest does not count as one."""
+        self.settled_batch = self.batches
+        self.settled_epoch = self.epochs + (self.batches > self.epoch_began)
+
+    def since_settled(self, unit: str) -> int:
+        """Return how many whole 'batches' or 'epochs' have passed since the warm-up ended."""
+        return self.epochs - self.settled_epoch if unit == 'epochs' else self.batches - self.settled_batch
+
     def state_dict(self) -> dict[str, int]:
         """Return the numbers that were counted."""
         return {'batches': self.batches, 'epochs': self.epochs, 'epoch_began': self.epoch_began,
-                'epoch_length': self.epoch_length}
+                'epoch_length': self.epoch_length, 'settled_batch': self.settled_batch,
+                'settled_epoch': self.settled_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Take over a checked state."""
-        self.batches, self.epochs = state['batches'], state['epochs']
-        self.epoch_began, self.epoch_length = state['epoch_began'], state['epoch_length']
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
     def check_state(self, state: dict[str, int]) -> None:
         """Raise a ValueError unless a state has all the numbers."""

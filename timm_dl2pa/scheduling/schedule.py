@@ -77,12 +77,17 @@ class Schedule:
         except ValueError as error:
             raise ValueError(f'interval must not be {interval!r}: {error}') from None
 
-    def due(self, count: int) -> bool:
-        """Return whether a re-solve falls due after `count` batches, or epochs."""
+    def due(self, count: int, since: int | None = None) -> bool:
+        """Return whether a re-solve falls due after `count` batches, or epochs.
+
+        Args:
+            count: Since the training began.
+            since: Since the class means began, which last for a whole interval at least. Default: `count`.
+        """
         begin = 0
         for every, until in self.stages:
             if until is None or count <= until:
-                return (count - begin) % every == 0
+                return (count - begin) % every == 0 and (since is None or since >= every)
             begin = until
         return False
 

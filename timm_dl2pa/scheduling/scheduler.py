@@ -39,7 +39,8 @@ class AssignmentScheduler:
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
-        interval: Number of batches between re-solves, or 'epoch' (told by `epoch_end()`), a `Schedule` or its text.
+        interval: Number of batches between re-solves, or 'epoch' (told by `epoch_end()`), a `Schedule` or its text. A
+            whole interval passes between the end of the warm-up and the first re-solve.
         recipe: 'placed', 'even' or 'paper'. Default: the head's.
         total: Length of the training, which shares refer to: its number of batches, or '20 epochs'.
         warmup: 'placed', 'rotated' or 'none'. Default: the recipe's.
@@ -155,7 +156,7 @@ class AssignmentScheduler:
 
     def _count(self, unit: str) -> None:
         count = self.clock.count(unit)
-        if not self.warmup and self.schedule.unit == unit and self.schedule.due(count):
+        if not self.warmup and self.schedule.unit == unit and self.schedule.due(count, self.clock.since_settled(unit)):
             self.due |= count >= self.start and (self.stop is None or count <= self.stop)
 
     def resolve_if_due(self) -> AssignmentUpdate | None:
@@ -181,9 +182,10 @@ class AssignmentScheduler:
         return update
 
     def leave_warmup(self) -> None:
-        """End the warm-up, if there is one. Nothing is solved, and nothing is due."""
+        """End the warm-up, if there is one. Nothing is solved, and nothing is due for a whole interval."""
         if self.warmup:
             self.warmup.end()
+            self.clock.settle()
         self.warmup, self.due = None, False
 
     def end_warmup(self) -> None:
