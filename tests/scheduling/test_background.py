@@ -132,7 +132,7 @@ def test_bad_batches_raise_when_the_solve_begins(make_head):
 
 def test_the_rotation_after_the_warmup_is_waited_for(make_head):
     head = make_head()
-    observed = AssignmentScheduler(head, interval=2, background=True, lag=1)
+    observed = AssignmentScheduler(head, interval=2, recipe='even', background=True, lag=1)
     updates = [feed(head, observed, step) for step in range(6)]
     assert [number for number, update in enumerate(updates) if update] == [2, 5]
     assert [update.step for update in observed.history] == [2, 4] and not observed.warming_up
@@ -234,8 +234,8 @@ def test_schedules_of_epochs_and_their_text(make_head):
     assert str(observed.schedule) == '1 (up to 3), then 2 epochs'
 
 
-def test_the_warmup_takes_one_interval_of_the_first_stage(make_head):
-    assert AssignmentScheduler(make_head(), interval='5:10,20').warmup_length == Duration(5)
+def test_a_rotation_without_a_length_comes_after_one_interval_of_the_first_stage(make_head):
+    assert AssignmentScheduler(make_head(), interval='5:10,20', recipe='even').warmup_length == Duration(5)
 
 
 @pytest.mark.parametrize('stages, unit, message', [

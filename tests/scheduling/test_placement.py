@@ -162,7 +162,7 @@ def test_by_default_the_fewer_dimensions_the_less_even():
 def test_prototypes_move_until_the_warmup_ends_and_never_again():
     head = DL2PAHead(8, 7, 3, num_prototypes=9, neck='linear')
     head.assign(torch.tensor([8, 1, 2, 3, 4, 5, 0]))
-    scheduler = AssignmentScheduler(head, interval=3)
+    scheduler = AssignmentScheduler(head, interval=3, warmup_length=3)
     seen = [head.prototypes.clone()]
     for step in range(9):
         labels = torch.randint(0, 7, (20,))

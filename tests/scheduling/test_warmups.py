@@ -63,7 +63,7 @@ def test_resumes_to_the_bit(make_head, stopped_after, warmup, length):
 @EVERY
 def test_its_end_is_recorded_as_what_it_is(make_head, warmup):
     head = make_head()
-    scheduler = AssignmentScheduler(head, interval=2, warmup=warmup)
+    scheduler = AssignmentScheduler(head, interval=2, warmup=warmup, warmup_length=2)
     updates = [update for step in range(8) if (update := feed(head, scheduler, step))]
     assert [update.event for update in updates] == [warmup, 'resolve', 'resolve'] and updates == scheduler.history
 
@@ -86,7 +86,7 @@ def test_class_means_of_a_whole_interval_come_before_the_first_resolve(make_head
 @EVERY
 def test_several_heads_have_the_same_class_vectors(make_head, warmup):
     model = nn.ModuleList([make_head(), make_head()])
-    scheduler = AssignmentScheduler(model, interval=3, warmup=warmup)
+    scheduler = AssignmentScheduler(model, interval=3, warmup=warmup, warmup_length=3)
     x = torch.randn(5, 12)
     for step in range(5):
         feed(model[0], scheduler, step)

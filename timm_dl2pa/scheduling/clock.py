@@ -107,15 +107,12 @@ class Clock:
         self.batches += 1
         return self.batches
 
-    def measured(self, duration: Duration, interval: Duration) -> Duration:
-        """Return a duration if it can be measured, otherwise the interval.
-
-        A share needs `total`; epochs need a total or an interval in epochs, which show that epochs are told.
-        """
+    def measures(self, duration: Duration, interval: Duration) -> bool:
+        """Return whether a duration can be measured: a share needs `total`; epochs need a total or an interval in
+        epochs, which show that epochs are told."""
         if duration.unit == 'share':
-            return interval if self.total is None else duration
-        told = duration.unit == 'batches' or 'epochs' in (interval.unit, self.total and self.total.unit)
-        return duration if told else interval
+            return self.total is not None
+        return duration.unit == 'batches' or 'epochs' in (interval.unit, self.total and self.total.unit)
 
     def resolve(self, duration: Duration) -> Duration:
         """Return a duration in batches or epochs: of a share that part of `total`, at least 1.

@@ -1,4 +1,5 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
+import math
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class AssignmentScheduler:
         total: Length of the training, which shares refer to: its number of batches, or '20 epochs'.
         warmup: 'placed', 'rotated' or 'none'. Default: the recipe's.
         warmup_length: Number of batches, '5 epochs', 'half' or '30 %' of the training, or math.inf: until
-            `end_warmup()`. Default: the recipe's where `total` says enough, otherwise one interval.
+            `end_warmup()`. Default: the recipe's. Where that is a share and there is no `total`, 'placed' lasts until
+            `end_warmup()`, and 'rotated' for one interval.
         evenness: For 'placed', how strongly prototypes are kept apart. Default: `default_evenness`.
         start: Batches (epochs, if `interval` counts those) before which no re-solve falls due.
         stop: Those after which none does. 0 keeps the assignment static, without a warm-up. Default: never stops.
@@ -82,6 +84,7 @@ class AssignmentScheduler:
         warmup = 'none' if self.stop == 0 else self.recipe.warmup if warmup is None else warmup
         self._make_warmup = warmup_maker(warmup, self.heads, evenness)
         self.warmup = self._make_warmup()
+        self._may_last = self.warmup is not None and self.warmup.moves_prototypes
         self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
         self.due = False  # whether a re-solve waits for the next batch
         self._forwards = Forwards(head.num_classes, head.dim)
@@ -100,9 +103,11 @@ class AssignmentScheduler:
 
     @property
     def warmup_length(self) -> Duration:
-        """Length of the warm-up: given; or the recipe's, if the clock measures that; else one interval."""
+        """Length of the warm-up: given; or the recipe's, if the clock measures that; else the warm-up's own."""
         interval = Duration(self.schedule.stages[0][0], self.schedule.unit)
-        return self._given_length or self.clock.measured(self._recipe_length, interval)
+        if self._given_length or self.clock.measures(self._recipe_length, interval):
+            return self._given_length or self._recipe_length
+        return Duration(math.inf) if self._may_last else interval
 
     def _observe(self, embeddings: torch.Tensor, output: torch.Tensor) -> None:
         self._forwards.add(embeddings, output)
@@ -189,7 +194,7 @@ class AssignmentScheduler:
         self.warmup, self.due = None, False
 
     def end_warmup(self) -> None:
-        """Let the warm-up end at the next batch, whatever its length."""
+        """Let the warm-up end at the next batch, whatever its length: from then on prototypes are fixed."""
         self.due |= self.warming_up
 
     def skip_warmup(self) -> None:
