@@ -219,6 +219,8 @@ def _undo_exchanges_without_gain(
         num_prototypes: K.
     """
     moved = np.flatnonzero(assignment != start)
+    if not len(moved):
+        return assignment
     links = coo_array((np.ones(len(moved)), (start[moved], assignment[moved])), shape=(num_prototypes,) * 2)
     exchange = connected_components(links, directed=False)[1][start[moved]]
     gain = np.bincount(exchange, after[moved] - before[moved])

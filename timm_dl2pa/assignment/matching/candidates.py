@@ -1,6 +1,5 @@
 """Candidate pairs: a sparse assignment problem, its exact solution, and the prices that prove it."""
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from .sources import Scores
 from .sparse import solve_sparse
@@ -49,19 +48,11 @@ class Candidates:
         self._rows, self._columns = keys // width, keys % width
         self._first = np.searchsorted(self._rows, np.arange(count))
 
-    def add_all(self) -> int:
-        """Add every pair, and return the number of pairs that are new."""
-        count, width = self._scores.shape
-        new = count * width - len(self)
-        self._set(np.arange(count * width), self._scores.exact(np.arange(count)).ravel())
-        return new
-
     def match(self, prices: np.ndarray) -> np.ndarray:
         """Return the best assignment among the candidates, by shortest augmenting paths.
 
         For C = K, subtracting prices does not change the optimum, and good prices save work: most classes then get
-        their most profitable prototype at once. If all pairs are candidates, scipy's dense solver is used (Crouse
-        2016).
+        their most profitable prototype at once.
 
         Args:
             prices: (K,) float64.
@@ -70,8 +61,6 @@ class Candidates:
             (C,) int64.
         """
         count, width = self._scores.shape
-        if len(self) == count * width:
-            return linear_sum_assignment(self._values.reshape(count, width), maximize=True)[1]
         profits = self._values - prices[self._columns] if count == width else self._values
         best = np.maximum.reduceat(profits, self._first)[self._rows]
         is_best = np.flatnonzero(profits == best)

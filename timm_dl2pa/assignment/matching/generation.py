@@ -6,13 +6,14 @@ from itertools import count as counter
 import numpy as np
 
 from .candidates import Candidates
+from .dense import match_densely, tight_prices
 from .sources import Scores
 from .sweep import sweep
 
 __all__ = ['Matching', 'best_matching']
 
-# Problems of at most this many pairs are solved densely: all pairs are candidates.
-_MAX_DENSE_PAIRS = 2 ** 14
+# Problems of at most this many pairs, 4 MB, are solved densely. Beyond it, few candidates take no longer.
+_MAX_DENSE_PAIRS = 2 ** 19
 # The pairs that a pass adds for each class. After some rounds the number doubles every round, because ties would
 # otherwise take many rounds.
 _PAIRS_PER_CLASS = 16
@@ -55,7 +56,7 @@ def best_matching(
     side. If it exceeds the left-hand side, the most profitable pairs that the pass found become candidates. The exact
     optimum among the candidates, and prices at which it is optimal there, are the input of the next pass. This is the
     column generation of linear programming (Dantzig and Wolfe 1960). If the start is optimal at the first prices, a
-    single pass suffices.
+    single pass suffices. Of a small problem all pairs are candidates at once.
 
     Args:
         scores: (C, K), C <= K.
@@ -70,6 +71,8 @@ def best_matching(
     """
     count, width = scores.shape
     classes = np.arange(count)
+    if count * width <= _MAX_DENSE_PAIRS:
+        return _dense_matching(scores, start, prices)
     candidates = Candidates(scores, start)
     assignment = start
     # Prices of an earlier result mean that classes compete for prototypes. Then also classes that have their most
@@ -91,8 +94,7 @@ def best_matching(
             best_bound, best_prices = bound, prices
         if best_bound - own.sum() <= count * _TOLERANCE:
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), True)
-        is_dense = count * width <= _MAX_DENSE_PAIRS
-        num_new = candidates.add_all() if is_dense else candidates.add(found.rows, found.columns)
+        num_new = candidates.add(found.rows, found.columns)
         if num_new:
             assignment = _better(scores, candidates.match(prices), assignment)
             own = scores.pairs(classes, assignment)
@@ -101,6 +103,27 @@ def best_matching(
         if exact or out_of_budget or (not num_new and turn):
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), bool(exact))
         prices = candidates.prices(assignment, prices)
+
+
+def _dense_matching(scores: Scores, start: np.ndarray, prices: np.ndarray | None) -> Matching:
+    """Return what `best_matching` returns, for a small problem. It has no time limit: it takes milliseconds."""
+    count, width = scores.shape
+    classes = np.arange(count)
+    table = scores.exact(classes)
+    prices = _initial_prices(scores) if prices is None else prices
+    assignment = start
+    best_bound, best_prices = float('inf'), prices
+    for solved in (False, True):
+        if solved:
+            assignment = _better(scores, match_densely(table, prices), start)
+            prices = tight_prices(table, assignment, prices)
+        own = float(scores.pairs(classes, assignment).sum())
+        bound = float((table - prices).max(axis=1).sum() + np.partition(prices, width - count)[width - count:].sum())
+        if bound < best_bound:
+            best_bound, best_prices = bound, prices
+        if best_bound - own <= count * _TOLERANCE:
+            break
+    return Matching(assignment, best_prices, max(best_bound, own), best_bound - own <= count * _TOLERANCE)
 
 
 def _initial_prices(scores: Scores) -> np.ndarray:
