@@ -7,6 +7,7 @@ cosine      the neck, then cosines with learned class vectors, with a learned sc
 sampled     cosine, trained by sampled softmax: a step takes the batch's classes and a sample of the others
 static      this library's head with the neck and learned scale of its default recipe, whose labels never move
 placed, even, paper     its recipes
+placed_sampled          placed, by `SampledCrossEntropyLoss`: no step has all classes
 """
 import math
 
@@ -15,12 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accuracy_methods import CosineClassifier
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, SampledCrossEntropyLoss, SquaredCosineLoss
 from timm_dl2pa.recipes import RECIPES, find_recipe
 
 __all__ = ['METHODS', 'SampledCosineClassifier', 'embed', 'make_classifier', 'make_loss', 'make_scheduler']
 
-METHODS = ('linear', 'linear_d', 'linear_bn', 'cosine', 'sampled', 'static', *RECIPES)
+METHODS = ('linear', 'linear_d', 'linear_bn', 'cosine', 'sampled', 'static', *RECIPES, 'placed_sampled')
 # Where a learned scale starts, as the head's does.
 _LEARNED_SCALE_START = 4.0
 
@@ -72,6 +73,8 @@ def make_classifier(method: str, features: int, num_classes: int, dim: int | Non
         return nn.Sequential(nn.Linear(features, dim), nn.Linear(dim, num_classes))
     if method == 'static':
         return DL2PAHead(features, num_classes, dim, seed=seed)
+    if method == 'placed_sampled':
+        return DL2PAHead(features, num_classes, dim, train_output='embeddings', learn_scale=True, seed=seed)
     if method in RECIPES:
         # The squared cosine of `paper` needs no logits.
         output = 'logits' if find_recipe(method).loss == 'criterion' else 'embeddings'
@@ -89,6 +92,8 @@ def make_loss(method: str, classifier: nn.Module):
     if method == 'sampled':
         return lambda x, labels: classifier[-1].loss(classifier[:-1](x), labels)
     criterion: nn.Module = nn.CrossEntropyLoss()
+    if method == 'placed_sampled':
+        criterion = SampledCrossEntropyLoss(classifier)
     if method in RECIPES and find_recipe(method).loss != 'criterion':
         criterion = SquaredCosineLoss(classifier, **find_recipe(method).loss_arguments)
     return lambda x, labels: criterion(classifier(x), labels)
@@ -96,7 +101,9 @@ def make_loss(method: str, classifier: nn.Module):
 
 def make_scheduler(method: str, classifier: nn.Module, steps: int) -> AssignmentScheduler | None:
     """Return the scheduler of a recipe's training of so many batches; None for the other methods."""
-    return AssignmentScheduler(classifier, total=steps) if method in RECIPES else None
+    if method not in RECIPES and method != 'placed_sampled':
+        return None
+    return AssignmentScheduler(classifier, total=steps)
 
 
 def embed(classifier: nn.Module, features: torch.Tensor) -> torch.Tensor:
