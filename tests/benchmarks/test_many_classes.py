@@ -127,7 +127,7 @@ def test_every_method_runs_once(command):
         assert 0 <= row['top1'] <= row['top5'] <= 100 and 0 <= row['recall_at_1'] <= 100
         assert 0 < row['head_cpu_seconds'] < row['cpu_seconds']
         assert 0 < row['memory_before_mb'] <= row['peak_memory_mb']
-        assert ('moved' in row) == (row['method'] in ('placed', 'even', 'paper'))
+        assert ('moved' in row) == (row['method'] in ('placed', 'even', 'paper', 'placed_sampled'))
     printed, again = command('--data', 'dejavu', '--number', '12')
     assert printed == ['0 runs'] and again == rows
 
