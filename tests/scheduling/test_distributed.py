@@ -49,6 +49,8 @@ def in_process(rank, folder, train_output, options):
         if step == 3:  # rank 0 saves, all resume from its checkpoint
             scheduler.merge()
             state = [scheduler.state_dict()]
+            if rank == 0:
+                torch.save((head.state_dict(), state[0]), f'{folder}/checkpoint.pt')
             dist.broadcast_object_list(state, src=0)
             scheduler = AssignmentScheduler(model, interval=2, momentum=0.5, **options)
             scheduler.load_state_dict(state[0])
@@ -88,6 +90,19 @@ def test_two_processes_agree_with_one(tmp_path, train_output, options, solves):
         update = scheduler.step(torch.cat([labels for _, labels in parts]))
         if update:
             expected.append((update.step, update.moved, update.objective, head.assignment.tolist()))
+    # What two processes saved, one goes on with.
+    model_state, scheduler_state = torch.load(tmp_path / 'checkpoint.pt')
+    resumed = new_head(train_output)
+    resumed.load_state_dict(model_state)
+    after = AssignmentScheduler(resumed, interval=2, momentum=0.5, **options)
+    after.load_state_dict(scheduler_state)
+    for step in range(4, STEPS):
+        parts = [part_of(rank, step, *batch(step)) for rank in range(2)]
+        resumed(torch.cat([x for x, _ in parts]))
+        after.step(torch.cat([labels for _, labels in parts]))
+    assert [update.step for update in after.history] == [entry[0] for entry in expected]
+    assert torch.equal(resumed.assignment, head.assignment)
+    assert torch.allclose(resumed.prototypes, head.prototypes, atol=1e-5)
     assert len(expected) == solves and any(moved for _, moved, _, _ in expected)
     prototypes = head.prototypes.clone()
     without_warmup = options.get('warmup') == 'none' or options.get('recipe') == 'paper'
