@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ['add_over_ranks', 'check_on_every_rank', 'gather_over_ranks', 'is_distributed', 'largest_over_ranks', 'rank',
-           'solve_on_rank_0']
+__all__ = ['add_over_ranks', 'check_on_every_rank', 'copy_from_rank_0', 'gather_over_ranks', 'is_distributed',
+           'largest_over_ranks', 'rank', 'solve_on_rank_0']
 
 T = TypeVar('T')
 
@@ -31,6 +31,17 @@ def add_over_ranks(*tensors: torch.Tensor) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def copy_from_rank_0(*tensors: torch.Tensor) -> None:
+    """Replace each tensor in place by that of rank 0. Outside a distributed run nothing changes.
+
+    Args:
+        tensors: Tensors of the same shapes and dtypes in every process.
+    """
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -246,3 +246,15 @@ def test_compiled_whole_model_with_scheduler():
         scheduler.step(labels)
     model.eval()
     assert torch.allclose(compiled(x), model(x), atol=1e-4)
+
+
+def test_distributed_data_parallel_leaves_out_the_prototypes_of_very_many_classes():
+    names = '_ddp_params_and_buffers_to_ignore'
+    model = wrap_dl2pa(timm.create_model('test_resnet', num_classes=8_200), dim=2)
+    state = model.state_dict(keep_vars=True)
+    assert {'fc.prototypes', 'fc.assignment'} <= set(getattr(model, names)) & state.keys()
+    compiled = torch.compile(model)
+    assert set(getattr(compiled, names)) >= {name for name, _ in compiled.named_buffers() if '.fc.pro' in name} != set()
+    model.reset_classifier(10)
+    assert getattr(model, names) == []
+    assert not hasattr(wrap_dl2pa(timm.create_model('test_resnet', num_classes=10), dim=2), names)

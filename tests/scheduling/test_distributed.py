@@ -1,4 +1,6 @@
-"""Two processes on the CPU: merged class means, one assignment, errors on all ranks."""
+"""Two processes on the CPU: merged class means, one assignment and one set of prototypes, errors on all ranks."""
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -177,3 +179,39 @@ def test_of_very_many_classes_processes_exchange_their_batches(tmp_path, recipe)
     assert torch.equal(prototypes, many_head().prototypes) == (recipe == 'paper')
     if recipe == 'paper':
         assert torch.allclose(scheduler.class_means.sums, sums, atol=1e-5)
+
+
+def in_process_with_other_prototypes(rank, folder):
+    head = many_head()
+    scheduler = AssignmentScheduler(head, interval=100, warmup_length=2)
+    model = DistributedDataParallel(head)
+    if rank == 1:
+        head.prototypes.neg_()
+        head.assignment.copy_(head.assignment.flip(0))
+    x, labels = many_batch(0)
+    seen = []
+    for step in range(4):
+        if rank == 1 and step:
+            head.prototypes[-1] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        model(x)
+        seen.append((head.prototypes[-1].clone(), head.prototypes.clone(), head.assignment.clone()))
+        scheduler.step(labels)
+        seen.append((head.prototypes[-1].clone(), head.prototypes.clone(), head.assignment.clone()))
+    told = []
+    for wrapped in (DistributedDataParallel(many_head()), DistributedDataParallel(many_head(), broadcast_buffers=False),
+                    DistributedDataParallel(new_head('logits'))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            AssignmentScheduler(wrapped)
+        told.append([str(each.message)[:54] for each in caught])
+    torch.save((seen, told), f'{folder}/{rank}.pt')
+
+
+@pytest.mark.slow
+def test_prototypes_of_very_many_classes_are_sent_twice_not_at_every_forward(tmp_path):
+    run_ranks(in_process_with_other_prototypes, str(tmp_path), folder=tmp_path)
+    (first, told), (other, _) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    # The first forward, the step after it, the forwards and steps until the warm-up ends with the third step.
+    agree = [all(torch.equal(a, b) for a, b in zip(one, two)) for one, two in zip(first, other)]
+    assert agree == [False, True, False, False, False, True, False, False]
+    assert told == [['DistributedDataParallel sends all 8300 prototypes befo'], [], []]

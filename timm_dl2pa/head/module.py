@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..assignment import check_assignment
+from ..distributed import copy_from_rank_0, is_distributed
 from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, find_recipe
@@ -392,6 +393,19 @@ class DL2PAHead(SavedModule, nn.Module):
             self.prototypes.index_copy_(0, rows, vectors)
         if not self.config.own_prototypes:
             self.config = replace(self.config, own_prototypes=True)
+
+    @torch.no_grad()
+    def copy_from_rank_0(self) -> None:
+        """Take over the prototypes and the assignment of rank 0. In a distributed run every process must call it."""
+        if not is_distributed():
+            return
+        for name in ('prototypes', 'assignment'):
+            value = self._buffers[name]
+            if self.training_view.compiled:  # see `_replace`
+                value = self._buffers[name] = value.clone()
+            copy_from_rank_0(value)
+        self._replace('averaged_assignment', self.assignment)
+        self._stamps = buffer_stamps(self)
 
     def _replace(self, name: str, value: torch.Tensor) -> None:
         """Give a buffer new values: in place, as recorded CUDA graphs need it. Only after a compiled forward, which may

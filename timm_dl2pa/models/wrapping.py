@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from ..files.labels import read_label_names
-from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
+from ..head import DL2PAConfig, DL2PAHead, heads_of, leave_out_of_broadcasts, load_head
 from ..options import PREFIX, names_of
 from ..recipes import DEFAULT_RECIPE
 from .classifiers import (
@@ -113,6 +113,7 @@ def replace_classifiers(
     for path, head in heads.items():
         set_module(model, path, head)
     fuse_around_heads(model)
+    leave_out_of_broadcasts(model)
     main = next(iter(heads.values()))
     if model.num_classes != main.num_classes:
         model.label_names = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..distributed import check_on_every_rank, is_distributed
-from ..head import heads_of
+from ..head import heads_of, leave_out_of_broadcasts
 from ..losses.targets import as_labels
 from ..recipes import find_recipe
 from ..values import checked_value
@@ -90,6 +90,7 @@ class AssignmentScheduler:
         self._forwards = Forwards(head.num_classes, head.dim)
         self._watch = LoopWatch(needs_epochs='epochs' in (self.schedule.unit, self.warmup_length.unit))
         self._values_checked = False
+        leave_out_of_broadcasts(model)
         for each in self.heads:
             each.training_view.attach(self)
         head.training_view.on_forward, head.training_view.on_mode = self._observe, self._watch.on_mode
@@ -140,6 +141,7 @@ class AssignmentScheduler:
         if not self._values_checked:
             check_on_every_rank(lambda: check_values(targets, num_classes, self.ignore_index), embeddings.device)
             self._values_checked = True
+            self._copy_heads_from_rank_0()
         elif targets.device.type == 'cpu' and not is_distributed():  # where one process alone raises, the others wait
             check_values(targets, num_classes, self.ignore_index)
         update = self.resolve_if_due()
@@ -182,9 +184,16 @@ class AssignmentScheduler:
             self.resolver.launch(self.class_means, self.clock)
         else:
             update = self.resolver.resolve(self.class_means, self.clock, self.warmup)
+            if self.warmup:
+                self._copy_heads_from_rank_0()
         self.class_means.decay(0.0 if self.warmup and self.warmup.moves_prototypes else self.momentum)
         self.leave_warmup()
         return update
+
+    def _copy_heads_from_rank_0(self) -> None:
+        """Let all processes have the same prototypes and assignment, whoever loaded what and rounded how."""
+        for head in self.heads:
+            head.copy_from_rank_0()
 
     def leave_warmup(self) -> None:
         """End the warm-up, if there is one. Nothing is solved, and nothing is due for a whole interval."""
