@@ -10,6 +10,8 @@ __all__ = ['add_over_ranks', 'check_on_every_rank', 'copy_from_rank_0', 'gather_
            'largest_over_ranks', 'rank', 'solve_on_rank_0']
 
 T = TypeVar('T')
+# torch 2.14 renamed it, and warns of the old name.
+_all_gather = getattr(dist, 'all_gather_single', None) or getattr(dist, 'all_gather_into_tensor', None)
 
 
 def is_distributed() -> bool:
@@ -53,7 +55,7 @@ def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if not is_distributed():
         return tensor
     gathered = tensor.new_empty((dist.get_world_size() * len(tensor), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    _all_gather(gathered, tensor.contiguous())
     return gathered
 
 
