@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.integrations import Killed, as_launched, outcome, same, tiny_data, tiny_model
 from tests.helpers.processes import run_ranks
-from timm_dl2pa import AssignmentScheduler
+from timm_dl2pa import AssignmentScheduler, prime
 
 pytest.importorskip('lightning', reason='needs lightning: pip install "timm-dl2pa[lightning]"')
 
@@ -198,6 +198,11 @@ def test_takes_a_scheduler(lightning):
     assert callback.scheduler is scheduler and [update.step for update in scheduler.history] == [2, 4, 6, 8, 10]
     with pytest.raises(ValueError, match='of another model'):
         train(lightning, lightning.Module(), callback)
+    module = lightning.Module()
+    scheduler = AssignmentScheduler(module, interval=5)
+    prime(module.model, DataLoader(tiny_data(), batch_size=4), scheduler, progress=False)
+    train(lightning, module, lightning.Callback(scheduler))
+    assert [update.event for update in scheduler.history] == ['resolve', 'resolve']  # primed: without a warm-up
     with pytest.raises(ValueError, match='interval: a scheduler that is given has these'):
         lightning.Callback(scheduler, interval=2)
     with pytest.raises(TypeError, match='scheduler must be an AssignmentScheduler, not Linear'):
