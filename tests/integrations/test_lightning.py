@@ -134,6 +134,8 @@ def averages_of(lightning):
         'EMA': lightning.callbacks.EMAWeightAveraging(decay=0.9),
         'EMA without buffers': lightning.callbacks.EMAWeightAveraging(decay=0.9, use_buffers=False),
         'SWA': lightning.callbacks.WeightAveraging(),
+        'EMA each epoch': lightning.callbacks.EMAWeightAveraging(
+            decay=0.9, update_starting_at_step=10 ** 6, update_starting_at_epoch=0),
     }
 
 
@@ -166,6 +168,26 @@ def test_averages_of_weights_keep_the_assignment(tmp_path, lightning, name, firs
     run(1, tmp_path / 'part')
     resumed = run(2, tmp_path / 'rest', ckpt_path=tmp_path / 'part' / 'step=6.ckpt')[3]
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize('name', ['EMA', 'EMA without buffers', 'SWA', 'EMA each epoch'])
+@pytest.mark.parametrize('first', [False, True])
+def test_averages_leave_the_assignment_of_the_training(tmp_path, lightning, name, first):
+    """Without validation; in each checkpoint too, whose weights are the averaged ones."""
+    options = dict(warmup='none', interval=2, total=12)
+    alone = lightning.Module()
+    train(lightning, alone, lightning.Callback(**options), validate=False)
+    module, callback, average = lightning.Module(), lightning.Callback(**options), averages_of(lightning)[name]
+    saves = lightning.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename='{step}', every_n_train_steps=1)
+    order = (average, callback) if first else (callback, average)
+    train(lightning, module, *order, saves, validate=False)
+    one, other = (each.model.get_classifier() for each in (alone, module))
+    assert torch.equal(one.assignment, other.assignment) and torch.equal(one.prototypes, other.prototypes)
+    checkpoints = [torch.load(path) for path in tmp_path.iterdir()]
+    assert len(checkpoints) == 12
+    for checkpoint in checkpoints:
+        for key in ('model.fc.assignment', 'model.fc.prototypes'):
+            assert torch.equal(checkpoint['state_dict'][key], checkpoint['current_model_state'][key])
 
 
 def tiny_batch():
