@@ -39,11 +39,6 @@ class SchedulerInLoop:
         self._epoch: int | None = None  # the one that has begun and not ended
         self._state: dict[str, Any] | None = None  # which waits for the scheduler
 
-    @property
-    def state_waits(self) -> bool:
-        """Whether a state was loaded that no scheduler has taken over yet."""
-        return self._state is not None
-
     def begin(self, model: nn.Module, total: Callable[[], int | str | None]) -> None:
         """Make the scheduler, if it is not there, and let it take over a state that was loaded.
 
