@@ -18,23 +18,30 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 SMALLER = {'num_classes=100': 'num_classes=10', 'range(100)': 'range(10)', 'dim=128': 'dim=8', 'dim=64': 'dim=8'}
 
 
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+
+
 def python_of(page: str) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', TEXTS[page], re.DOTALL)
+    return blocks_of(TEXTS[page])
 
 
-# The page on fine-tuning has images and weights of its own, in test_finetune.py.
-WITH_PYTHON = [page for page in PAGES if python_of(page) and page != 'docs/fine-tune.md']
+# The page on fine-tuning has images and weights of its own, in test_finetune.py; that on training loops, a library for
+# each of its sections.
+WITH_PYTHON = [page for page in PAGES if python_of(page) and page not in ('docs/fine-tune.md', 'docs/frameworks.md')]
+LIBRARIES = {'Lightning': ['lightning'], 'transformers': ['transformers', 'accelerate'], 'Accelerate': ['accelerate'],
+             'TensorBoard': ['tensorboard'], 'Weights & Biases': ['wandb']}
 
 
-@pytest.mark.timm
-@pytest.mark.filterwarnings('ignore:.*HTTP upload', 'ignore:.*during the warm-up')
-@pytest.mark.parametrize('page', WITH_PYTHON)
-def test_python_runs(page, monkeypatch, tmp_path, hub):
-    """Each block of a page, in order, in one namespace; weights and data are made at random, the Hub is the tests'."""
+@pytest.fixture
+def run_blocks(monkeypatch, tmp_path):
+    """Runs blocks in order, in one namespace, which it returns; weights and data are made at random.
+
+    `loader` is a list of batches, unless `make_loader` makes another kind of loader of it.
+    """
     import timm
     import torch
     monkeypatch.chdir(tmp_path)  # some blocks save a model
-    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
     create_model = timm.create_model
 
     def small(name, pretrained=False, **kwargs):
@@ -44,17 +51,50 @@ def test_python_runs(page, monkeypatch, tmp_path, hub):
 
     monkeypatch.setattr(timm, 'create_model', small)
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
-    names = {'loader': [(images, labels)] * 3, 'images': images, 'labels': labels}
-    for block in python_of(page):
-        for written, smaller in SMALLER.items():
-            block = block.replace(written, smaller)
-        exec(compile(block, page, 'exec'), names)
+
+    def run(blocks, page, make_loader=list):
+        names = {'loader': make_loader([(images, labels)] * 3), 'images': images, 'labels': labels, '__name__': page}
+        for block in blocks:
+            for written, smaller in SMALLER.items():
+                block = block.replace(written, smaller)
+            exec(compile(block, page, 'exec'), names)
+        return names
+
+    return run
+
+
+@pytest.mark.timm
+@pytest.mark.filterwarnings('ignore:.*HTTP upload', 'ignore:.*during the warm-up')
+@pytest.mark.parametrize('page', WITH_PYTHON)
+def test_python_runs(page, monkeypatch, run_blocks, hub):
+    """The Hub is the tests'."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_writer')
+    names = run_blocks(python_of(page), page)
     if page in ('README.md', 'docs/quickstart.md'):
         assert names['scheduler'].steps == 30 and not names['scheduler'].warming_up
         assert names['model'].get_classifier().config.num_classes == 10
     pushed = {'README.md': ['me/resnet50-dl2pa'],
               'docs/hub.md': ['me/cifar100-dl2pa-128', 'me/resnet50-dl2pa', 'me/resnet50-plain']}
     assert sorted(hub.repositories) == pushed.get(page, [])
+
+
+@pytest.mark.filterwarnings('ignore')  # the libraries' own
+@pytest.mark.parametrize('section', LIBRARIES)
+def test_training_loops_run(section, monkeypatch, run_blocks):
+    for library in LIBRARIES[section]:
+        pytest.importorskip(library, reason=f'the section {section} needs {library}')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    from torch.utils.data import DataLoader
+    text = TEXTS['docs/frameworks.md'].partition(f'\n## {section}\n')[2].partition('\n## ')[0]
+    names = run_blocks(blocks_of(text), f'docs/frameworks.md, {section}', lambda batches: DataLoader(batches, None))
+    scheduler = names.get('scheduler') or names['callback'].scheduler
+    assert scheduler.steps >= 4 and scheduler.history
+
+
+def test_every_training_loop_is_run():
+    assert len(python_of('docs/frameworks.md')) == sum(
+        len(blocks_of(section)) for section in re.split(r'\n## ', TEXTS['docs/frameworks.md'])
+        if section.splitlines()[0] in LIBRARIES)
 
 
 def test_each_page_begins_with_what_the_reader_may_copy():

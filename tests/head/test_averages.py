@@ -5,9 +5,10 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead
+from timm_dl2pa.head.averages import copy_class_vectors
 
 
 def moved(make_head, **options):
@@ -103,3 +104,38 @@ def test_nothing_is_read_of_a_head_that_nobody_wrote_into(make_head, monkeypatch
     head.prototypes.mul_(1)
     with pytest.raises(TypeError):
         head(torch.randn(5, 12))
+
+
+def test_class_vectors_are_copied_into_an_average(make_head):
+    head, x = moved(make_head), torch.randn(5, 12)
+    average = AveragedModel(head, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    for seed in range(3):
+        average.update_parameters(head)
+        points = torch.nn.functional.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(seed)))
+        head.assign(head.assignment.roll(1), points)
+    average.update_parameters(head)
+    copy_class_vectors(head, average.module)
+    for name in ('prototypes', 'assignment', 'scale'):
+        assert torch.equal(getattr(average.module, name), getattr(head, name))
+    assert torch.allclose(average.eval()(x), head(x), atol=1e-4)
+    assert average.module.config == head.config and average.module.config.own_prototypes
+
+
+@pytest.mark.parametrize('scale', [None, 7.3])
+def test_tensors_that_are_put_in_place_one_by_one_are_followed(make_head, tmp_path, scale):
+    """As transformers loads: into a module of the meta device, tensor by tensor, the others uninitialised."""
+    head = moved(make_head, learn_scale=scale is None, **({} if scale is None else {'scale': scale}))
+    with torch.device('meta'):
+        other = make_head(neck='linear', learn_scale=scale is None)
+    for name, value in head.state_dict().items():
+        module = other.get_submodule(name.rpartition('.')[0])
+        kind = nn.Parameter if name.rpartition('.')[2] in module._parameters else torch.Tensor.clone
+        setattr(module, name.rpartition('.')[2], kind(value))
+    other.averaged_assignment = torch.full((7,), float('nan'))
+    other.init_non_persistent_buffers()
+    assert torch.equal(other.averaged_assignment, head.assignment.float())
+    assert other.config.own_prototypes and other.config.scale == pytest.approx(head.config.scale, rel=1e-6)
+    other.averaged_assignment.mul_(1)  # as an average over all buffers does
+    x = torch.randn(5, 12)
+    assert torch.equal(other.eval()(x), head(x))
+    other.save_pretrained(tmp_path)

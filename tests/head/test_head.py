@@ -429,12 +429,13 @@ def test_numbers_of_numpy_and_torch_become_pythons(make_head, tmp_path):
     assert DL2PAConfig(12, 7, 4, scale=3).scale == 3.0 and type(DL2PAConfig(12, 7, 4, scale=3).scale) is float
 
 
-def test_made_on_the_meta_device():
+def test_made_on_the_meta_device(refuse_prototypes):
+    donor = DL2PAHead(12, 7, 4)
+    refuse_prototypes()
     with torch.device('meta'):
         head = DL2PAHead(12, 7, 4)
     assert head.prototypes.is_meta and head.neck[0].weight.is_meta and 'num_classes=7' in repr(head)
     assert head(torch.empty(3, 12, device='meta')).shape == (3, 7)
-    donor = DL2PAHead(12, 7, 4)
     head.load_state_dict(donor.state_dict(), assign=True)
     assert_same_state(head, state_of(donor))
 

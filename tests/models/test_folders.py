@@ -422,6 +422,12 @@ def test_missing_files_and_pickles(model, tmp_path):
         load_model(tmp_path / 'head')
 
 
+def test_the_number_of_classes_is_written_once(model, tmp_path):
+    """transformers' TimmWrapper passes it beside `model_args`, and takes no config that has it there too."""
+    config = json.loads((save_model(model, tmp_path) / 'config.json').read_text())
+    assert config['num_classes'] == model.num_classes and 'num_classes' not in config['model_args']
+
+
 def test_the_version_that_wrote_it_is_named(model, tmp_path):
     save_model(model, tmp_path)
     ours(versions={'timm': '9.9.9'})(tmp_path)

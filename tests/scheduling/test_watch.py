@@ -45,3 +45,19 @@ def test_complete_loops_hear_nothing(make_head, case):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         loop(make_head, epochs=8, **case)
+
+
+def test_of_announced_epochs_nobody_hears_before_they_end(make_head):
+    """Evaluation within the first epoch looks like the ends of several."""
+    for announced in (False, True):
+        head = make_head()
+        scheduler = AssignmentScheduler(head)
+        if announced:
+            scheduler.announce_epochs()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter('always')
+            for _ in range(4):
+                head.train()(torch.randn(6, 12))
+                scheduler.step(torch.arange(6))
+                head.eval()
+        assert bool(found) != announced

@@ -5,7 +5,7 @@ import torch.nn as nn
 from ..assignment import check_assignment
 from ..prototypes import check_prototypes
 
-__all__ = ['buffer_stamps', 'settle_average']
+__all__ = ['buffer_stamps', 'copy_class_vectors', 'settle_average']
 
 _WATCHED = ('prototypes', 'assignment', 'averaged_assignment')
 # Averaged prototypes shorter than this have cancelled each other out: they have no direction.
@@ -69,3 +69,18 @@ def _settle_prototypes(prototypes: torch.Tensor) -> bool:
                          f'length {float(lengths[row]):.3g}. {_REMEDY}')
     prototypes.div_(lengths)
     return True
+
+
+@torch.no_grad()
+def copy_class_vectors(head: nn.Module, average: nn.Module) -> None:
+    """Copy prototypes, assignment and a fixed scale into an average of a head, where averages of them have no meaning.
+
+    Args:
+        head: A DL2PAHead in training.
+        average: A copy of it, whose buffers somebody averages.
+    """
+    for name in (*_WATCHED, 'scale'):
+        if name in head._buffers:
+            average._buffers[name].copy_(head._buffers[name])
+    average._stamps = buffer_stamps(average)
+    average.config = head.config

@@ -134,10 +134,11 @@ class DL2PAHead(SavedModule, nn.Module):
             recipe=recipe,
         )
         given = prototypes is not None
-        if not given:
-            prototypes = self.config.first_prototypes()
-
         device = torch.empty(0, device=device).device  # the default device where none is given
+        if not given:
+            # On the meta device tensors have shapes alone, and are given their values later.
+            prototypes = torch.empty(self.config.num_prototypes, dim, device=device) if device.type == 'meta' \
+                else self.config.first_prototypes()
         self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
         if self.config.learn_scale:
             self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
@@ -420,6 +421,17 @@ class DL2PAHead(SavedModule, nn.Module):
     def warming_up(self) -> bool:
         """Whether a warm-up is under way: the class vectors of training still move."""
         return self.training_view.warming_up
+
+    def init_non_persistent_buffers(self) -> None:
+        """Follow tensors that were put in place one by one: transformers' `from_pretrained` does that, and then calls
+        this by timm's name for it. Waits for the device."""
+        if self.prototypes.is_meta:
+            return
+        self.averaged_assignment = self.assignment.float()
+        self._stamps = buffer_stamps(self)
+        self.config = replace(self.config, own_prototypes=True)
+        if not hasattr(self, 'log_scale') and not torch.equal(self.scale, self.scale.new_tensor(self.config.scale)):
+            self.config = replace(self.config, scale=float(self.scale))
 
     def extra_repr(self) -> str:
         config = self.config

@@ -99,8 +99,9 @@ def _write_config(
     save_config_for_hf(model, path, model_config=extra,
                        model_args={**dict.fromkeys(recorded), **options, **model_args}, **data_arguments)
     config = json.loads(path.read_text(encoding='utf-8'))
+    # The number of classes stands in the config itself. Beside that, transformers' TimmWrapper takes no other one.
     arguments = {name: value for name, value in (config.get('model_args') or {}).items()
-                 if name in options or not name.startswith(PREFIX)}
+                 if name in options or not (name.startswith(PREFIX) or name == 'num_classes')}
     config['model_args'] = arguments
     # The names of the classes that the weights once had: before 1.0.31, timm writes them again.
     for name in ('label_names', 'label_descriptions'):
