@@ -446,6 +446,19 @@ def many_classes(record: dict[str, Any]) -> str:
                   'MiB beside data and backbone', 'seed'], lines)
 
 
+def wire(record: dict[str, Any]) -> str:
+    """What each of several processes sends in a step."""
+    found: dict[tuple[int, int, int, int], dict[str, float]] = {}
+    for row in record['results']:
+        key = row['classes'], row['dim'], row['processes'], row['batch_size']
+        found.setdefault(key, {})[row['phase']] = row['bytes_a_step']
+    phases = ('linear', 'warm-up', 'after it')
+    lines = [[f'{classes:,}', dim, processes, batch, *(f'{row[phase] / 1e6:.2f}' for phase in phases)]
+             for (classes, dim, processes, batch), row in found.items()]
+    return table(['classes', 'd', 'processes', 'batch of each', 'linear classifier, MB', '`placed`, warm-up, MB',
+                  '`placed`, after it, MB'], lines)
+
+
 # Those that are made from something else than a file of their own name.
 _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 
@@ -453,6 +466,7 @@ _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
                       assignment, assignment_large, gpu, suite, many_classes),
+    'many-classes.md': (wire,),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
 }
