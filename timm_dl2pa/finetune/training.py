@@ -166,7 +166,7 @@ def fine_tune(
         began = time.perf_counter()
         set_mode(model, plan)
         total = torch.zeros((), device=device)
-        for images, labels in tqdm(train, f'epoch {number} of {plan.epochs}', unit='batch', leave=False):
+        for images, labels in tqdm(train, f'epoch {number} of {plan.epochs}', unit='batch', leave=False, disable=None):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             scheduler.resolve_if_due()
             loss = criterion(model(images), labels)
@@ -202,7 +202,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     hook = head.register_forward_pre_hook(lambda module, inputs: embeddings.append(module.embed(inputs[0]).flatten(1)))
     losses, all_labels, predictions = 0.0, [], []
     try:
-        for images, labels in tqdm(loader, 'validation', unit='batch', leave=False):
+        for images, labels in tqdm(loader, 'validation', unit='batch', leave=False, disable=None):
             labels = labels.to(device)
             logits = model(images.to(device))
             losses += nn.functional.cross_entropy(logits.float(), labels, reduction='sum').item()

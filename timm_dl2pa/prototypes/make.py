@@ -130,7 +130,7 @@ def make_prototypes(
         effort: Factor on the work budget of 'optimise'. In 'auto' and 'quick' it also raises the size up to which
             'optimise' is tried.
         device: The device of 'optimise', which computes in float64 on the CPU and in float32 on a GPU.
-        progress: Whether to show a progress bar for 'optimise' and 'sgd'.
+        progress: Whether to show a progress bar for 'optimise' and 'sgd', where stderr is a terminal.
         cache: Whether to use the cache.
 
     Returns:
@@ -326,7 +326,7 @@ class _ProgressBar:
         if not self.shown:
             return lambda share: None
         from tqdm import tqdm
-        self.bar = tqdm(total=100, desc=f'prototypes: {self.name}', unit='%',
+        self.bar = tqdm(total=100, desc=f'prototypes: {self.name}', unit='%', disable=None,
                         bar_format='{l_bar}{bar}| {elapsed}<{remaining}')
 
         def report(share: float) -> None:
