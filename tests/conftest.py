@@ -61,7 +61,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
         monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
                             hub.url + '/{repo_id}/resolve/{revision}/{filename}')
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)  # older ones have no Xet
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub cache'))
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
         monkeypatch.delenv('HF_TOKEN', raising=False)

@@ -4,31 +4,21 @@ The site itself is built by CI, strictly.
 """
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 import timm_dl2pa
+from tests.helpers.pages import PAGES, ROOT, TEXTS, WITH_PYTHON, python_of
 
-ROOT = Path(__file__).parent.parent
-PAGES = ['README.md', *sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'docs').glob('**/*.md'))]
-TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 # What a page says, and what is small enough to run: 100 classes in 128 dimensions `prime` would turn and match for half
 # a minute.
 SMALLER = {'num_classes=100': 'num_classes=10', 'range(100)': 'range(10)', 'dim=128': 'dim=8', 'dim=64': 'dim=8'}
 
 
-def python_of(page: str) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', TEXTS[page], re.DOTALL)
-
-
-# The page on fine-tuning has images and weights of its own, in test_finetune.py.
-WITH_PYTHON = [page for page in PAGES if python_of(page) and page != 'docs/fine-tune.md']
-
-
 @pytest.mark.timm
 @pytest.mark.filterwarnings('ignore:.*HTTP upload', 'ignore:.*during the warm-up')
-@pytest.mark.parametrize('page', WITH_PYTHON)
+# The page on fine-tuning has images and weights of its own, in test_finetune.py.
+@pytest.mark.parametrize('page', [page for page in WITH_PYTHON if page != 'docs/fine-tune.md'])
 def test_python_runs(page, monkeypatch, tmp_path, hub):
     """Each block of a page, in order, in one namespace; weights and data are made at random, the Hub is the tests'."""
     import timm

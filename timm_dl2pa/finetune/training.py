@@ -109,8 +109,8 @@ class Best:
         model.load_state_dict(self._state)
 
 
-def make_loader(images: Dataset, batch_size: int, workers: int, device: torch.device, seed: int | None = None
-                ) -> DataLoader:
+def make_loader(images: Dataset[Any], batch_size: int, workers: int, device: torch.device, seed: int | None = None
+                ) -> DataLoader[Any]:
     """Make a loader.
 
     Args:
@@ -132,8 +132,8 @@ def fine_tune(
         model: nn.Module,
         scheduler: AssignmentScheduler,
         criterion: nn.Module,
-        train: DataLoader,
-        validation: DataLoader,
+        train: DataLoader[Any],
+        validation: DataLoader[Any],
         plan: Plan,
 ) -> Iterator[Epoch]:
     """Train a model in place.
@@ -193,7 +193,7 @@ def set_mode(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader[Any]) -> Evaluation:
     """Evaluate a wrapped model, and leave it in evaluation mode."""
     model.eval()
     head = heads_of(model)[0]

@@ -79,10 +79,10 @@ class Clock:
     """
 
     def __init__(self, total: Duration | None = None):
-        self.batches = 0
-        self.epochs = 0
-        self.epoch_began = 0  # after so many batches
-        self.epoch_length = 0  # batches of the last epoch
+        self.batches: int = 0
+        self.epochs: int = 0
+        self.epoch_began: int = 0  # after so many batches
+        self.epoch_length: int = 0  # batches of the last epoch
         self.total = total
 
     @property
