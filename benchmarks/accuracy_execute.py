@@ -66,7 +66,8 @@ def execute(recipe: Recipe, images: Images, device: torch.device, folder: Path, 
         run.load(checkpoint)
     elif backbone is not None:
         run.start_from(torch.load(backbone, map_location=device, weights_only=True))
-    bar = tqdm(range(run.epoch, recipe.epochs), recipe.name(), initial=run.epoch, total=recipe.epochs, unit='epoch')
+    bar = tqdm(range(run.epoch, recipe.epochs), recipe.name(), initial=run.epoch, total=recipe.epochs, unit='epoch',
+               disable=None)
     saved = time.time()
     for epoch in bar:
         began = time.time()

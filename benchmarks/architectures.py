@@ -177,7 +177,7 @@ def main() -> int:
     done = {name: record for name, record in done.items() if record['ok']
             and (record['checked'] == 'run' or record['parameters'] > args.max_parameters)}
     for name in tqdm([name for name in names if name not in done], unit='model', initial=len(done), total=len(names),
-                     file=sys.stderr):
+                     file=sys.stderr, disable=None):
         torch.manual_seed(args.seed)
         record: dict[str, Any] = {'model': name, 'module': _model_to_module[name]}
         try:

@@ -179,7 +179,7 @@ def measure(num_classes: int, dim: int, methods: list[str], args: argparse.Names
         if memory is not None:
             result[f'{method}_mb'] = memory
     times: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in tqdm(range(args.rounds), f'({num_classes}, {dim})', unit='round'):
+    for _ in tqdm(range(args.rounds), f'({num_classes}, {dim})', unit='round', disable=None):
         for method, step in steps.items():
             times[method].append(measurement.seconds(step))
     result |= {f'{method}_ms': round(1000 * median(values), 3) for method, values in times.items()}

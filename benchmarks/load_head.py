@@ -51,7 +51,7 @@ def main() -> None:
         head.save_pretrained(folder)
         files = sorted(Path(folder).iterdir())
         with patch.object(timm_dl2pa.head.config, 'make_prototypes', wraps=make_prototypes) as counted:
-            for number in tqdm(range(args.rounds + 1), unit='round'):
+            for number in tqdm(range(args.rounds + 1), unit='round', disable=None):
                 backbone = timm.create_model(args.model)
                 took = {}
                 for name, action in {

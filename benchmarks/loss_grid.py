@@ -29,7 +29,7 @@ def load_images(folder: str, number: int, seed: int) -> tuple[torch.Tensor, torc
     """Return `number` images, drawn by seed, as (N, 3, H, W) in -1..1, their labels, and the number of classes."""
     dataset = ImageFolder(folder)
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:number]
-    images, labels = zip(*(dataset[i] for i in tqdm(chosen, 'images', unit='image')))
+    images, labels = zip(*(dataset[i] for i in tqdm(chosen, 'images', unit='image', disable=None)))
     images = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     return images.float() / 127.5 - 1, torch.tensor(labels), len(dataset.classes)
 
@@ -93,7 +93,7 @@ def main() -> None:
     runs += [dict(loss='squared cosine', optimizer='adamw', rate=1e-3, weight=w) for w in WEIGHTS]
     runs += [dict(loss='cross-entropy', optimizer='sgd', rate=0.1, scale=scale) for scale in SCALES]
     results = []
-    bar = tqdm(runs, unit='run')
+    bar = tqdm(runs, unit='run', disable=None)
     for run in bar:
         top1 = [train(args, data, seed=seed, **run) for seed in args.seeds]
         results.append({**run, 'top1': [round(t, 2) for t in top1], 'mean_top1': round(mean(top1), 2)})

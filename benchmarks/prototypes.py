@@ -93,7 +93,7 @@ def main() -> None:
     done = [(r['num_prototypes'], r['dim'], r['objective'], r.get('method')) for r in results]
     rows = descents(args.sizes or ON_A_GPU, args.device, args.effort) if args.sizes or gpu else plan(args.large)
     with threadpool_limits(threads):
-        for num, dim, options in tqdm(rows, unit='set'):
+        for num, dim, options in tqdm(rows, unit='set', disable=None):
             if (num, dim, options['objective'], options.get('method')) in done:
                 continue
             results.append(measure(num, dim, seed=args.seed, **options))

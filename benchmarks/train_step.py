@@ -97,7 +97,8 @@ def measure(model_name: str, num_classes: int, dim: int, args: argparse.Namespac
     result: dict[str, Any] = {'model': model_name, 'num_classes': num_classes, 'dim': dim,
                               'compiled': bool(args.compile)}
     size = args.image_size
-    for number in tqdm(range(args.rounds + args.warm_up), f'{model_name} ({num_classes}, {dim})', unit='round'):
+    for number in tqdm(range(args.rounds + args.warm_up), f'{model_name} ({num_classes}, {dim})', unit='round',
+                       disable=None):
         batches = [(torch.randn(args.batch_size, 3, size, size, device=device),
                     torch.randint(0, num_classes, (args.batch_size,), device=device)) for _ in range(args.repeats)]
         if args.channels_last:

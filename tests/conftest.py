@@ -53,15 +53,16 @@ def refuse_prototypes(monkeypatch):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A small Hub on loopback, which huggingface_hub's client takes for the real one."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     from tests.helpers.hub_server import Hub
 
     with Hub() as hub:
         monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
-                            hub.url + '/{repo_id}/resolve/{revision}/{filename}')
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        for module in (constants, file_download):  # before 1.0 the latter had a copy
+            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                                hub.url + '/{repo_id}/resolve/{revision}/{filename}', raising=False)
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)  # older ones have no Xet
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub cache'))
         monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'no token'))
         monkeypatch.delenv('HF_TOKEN', raising=False)

@@ -4,31 +4,20 @@ The site itself is built by CI, strictly.
 """
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 import timm_dl2pa
+from tests.helpers.pages import PAGES, ROOT, TEXTS, WITH_PYTHON, blocks_of, python_of
 
-ROOT = Path(__file__).parent.parent
-PAGES = ['README.md', *sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'docs').glob('**/*.md'))]
-TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 # What a page says, and what is small enough to run: 100 classes in 128 dimensions `prime` would turn and match for half
 # a minute.
 SMALLER = {'num_classes=100': 'num_classes=10', 'range(100)': 'range(10)', 'dim=128': 'dim=8', 'dim=64': 'dim=8'}
 
 
-def blocks_of(text: str) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-
-
-def python_of(page: str) -> list[str]:
-    return blocks_of(TEXTS[page])
-
-
 # The page on fine-tuning has images and weights of its own, in test_finetune.py; that on training loops, a library for
 # each of its sections.
-WITH_PYTHON = [page for page in PAGES if python_of(page) and page not in ('docs/fine-tune.md', 'docs/frameworks.md')]
+RUN_ALONE = [page for page in WITH_PYTHON if page not in ('docs/fine-tune.md', 'docs/frameworks.md')]
 LIBRARIES = {'Lightning': ['lightning'], 'transformers': ['transformers', 'accelerate'], 'Accelerate': ['accelerate'],
              'TensorBoard': ['tensorboard'], 'Weights & Biases': ['wandb']}
 
@@ -65,7 +54,7 @@ def run_blocks(monkeypatch, tmp_path):
 
 @pytest.mark.timm
 @pytest.mark.filterwarnings('ignore:.*HTTP upload', 'ignore:.*during the warm-up')
-@pytest.mark.parametrize('page', WITH_PYTHON)
+@pytest.mark.parametrize('page', RUN_ALONE)
 def test_python_runs(page, monkeypatch, run_blocks, hub):
     """The Hub is the tests'."""
     monkeypatch.setenv('HF_TOKEN', 'hf_writer')

@@ -1,14 +1,17 @@
 """One table of options: signatures, flags and saved configs agree with it."""
 import inspect
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 
 from timm_dl2pa import AssignmentScheduler, DL2PAConfig, DL2PAHead, wrap_dl2pa
-from timm_dl2pa.head import NECKS
+from timm_dl2pa.head.neck import NECKS, make_neck
 from timm_dl2pa.models.registry import dl2pa
 from timm_dl2pa.options import KINDS, LOSSES, PREFIX, PluginOptions, names_of
-from timm_dl2pa.recipes import RECIPES
+from timm_dl2pa.prototypes.codes import CODES
+from timm_dl2pa.prototypes.make import Method
+from timm_dl2pa.recipes import RECIPES, NeckName, RecipeName, WarmupName
 from timm_dl2pa.scheduling import WARMUPS, Duration
 from timm_dl2pa.values import is_kind
 
@@ -38,6 +41,14 @@ def test_the_scheduler_takes_its_options_with_the_tables_defaults():
 def test_the_choices_are_those_of_what_takes_them():
     choices = {spec.name: set(spec.metadata['choices']) for spec in fields(PluginOptions)}
     assert choices['warmup'] == {'none', *WARMUPS} and choices['neck'] == set(NECKS)
+
+
+def test_the_words_that_type_checkers_know_are_those_that_there_are():
+    assert get_args(RecipeName) == tuple(RECIPES) and set(get_args(WarmupName)) == {*WARMUPS, 'none'}
+    assert {type(make_neck(name, 4, 4)).__name__ for name in get_args(NeckName)} == {
+        'Identity', 'Linear', '_LinearBatchNorm'}
+    assert set(CODES) < set(get_args(Method))
+    # Losses are made by their names in timm_scripts/test_criterion.py; other words have no table but their type.
 
 
 def test_a_saved_config_has_a_kind_for_every_value():

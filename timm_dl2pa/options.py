@@ -9,17 +9,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from .recipes import DEFAULT_RECIPE, RECIPES, Recipe, find_recipe
+from .recipes import DEFAULT_RECIPE, RECIPES, LossName, NeckName, Recipe, RecipeName, WarmupName, find_recipe
 from .values import checked_value, shown
 
 __all__ = ['KINDS', 'LOSSES', 'PREFIX', 'PluginOptions', 'named_as_options', 'names_of']
 
 PREFIX = 'dl2pa_'
-LOSSES = ('criterion', 'squared_cosine', 'dot_regression', 'sampled_cross_entropy', 'balanced_softmax')
-NECKS = ('linear', 'linear_bn', 'none')
-WARMUPS = ('placed', 'rotated', 'none')
+LOSSES: tuple[str, ...] = get_args(LossName)
 # Those that depend on the scale, and not on the target's cosine alone.
 SCALED_LOSSES = ('criterion', 'sampled_cross_entropy', 'balanced_softmax')
 
@@ -72,33 +70,36 @@ class PluginOptions:
         ValueError: A value has the wrong type, is not one of the choices, or is out of range. What depends on the model
             and on other options is checked by what the values are for.
     """
-    recipe: str = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for 80 % of the '
-                          'training), even (the evenly spread set, rotated once) or paper (the published method); sets '
-                          'warm-up, loss, neck and scale', tuple(RECIPES))
+    recipe: RecipeName = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for 80 % '
+                                 'of the training), even (the evenly spread set, rotated once) or paper (the '
+                                 'published method); sets warm-up, loss, neck and scale', tuple(RECIPES))
     dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings', limits=_AT_LEAST_1)
     num_prototypes: int | None = _option('head', None, (int,), 'K, at least the number of classes (default: that '
                                          'number)', limits=_AT_LEAST_1)
     prototypes: str | None = _option('head', None, (str,), 'a safetensors file of prototypes, as `timm-dl2pa '
                                      'prototypes --out` writes it (default: made with the seed)')
-    neck: str | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)", NECKS)
+    neck: NeckName | None = _option('head', None, (str,), "linear, linear_bn or none (default: the recipe's)",
+                                   get_args(NeckName))
     scale: float | None = _option('head', None, (int, float), 'a fixed factor on the cosines in the logits (default: '
                                   'learned, or by the number of classes)', limits=_POSITIVE)
     learn_scale: bool | None = _option('head', None, (bool,), "make the scale a parameter (default: the recipe's, if "
                                        'no scale is given and the loss depends on it)')
     seed: int = _option('head', 0, (int,), 'of the prototypes', limits=_AT_LEAST_0)
-    loss: str | None = _option('script', None, (str,), "criterion (the script's own, on the logits), squared_cosine, "
-                               "sampled_cross_entropy (for very many classes), dot_regression or balanced_softmax "
-                               "(both for long tails), which take its place (default: the recipe's)", LOSSES)
+    loss: LossName | None = _option('script', None, (str,), "criterion (the script's own, on the logits), "
+                                    "squared_cosine, sampled_cross_entropy (for very many classes), dot_regression or "
+                                    "balanced_softmax (both for long tails), which take its place (default: the "
+                                    "recipe's)", LOSSES)
     loss_weight: float | None = _option('script', None, (int, float), "factor on squared_cosine and dot_regression "
                                         "(default: the recipe's or the loss's own)", limits=_POSITIVE)
     num_sampled: int | None = _option('script', None, (int,), 'number of classes that sampled_cross_entropy samples '
                                       "for a batch (default: the loss's own)", limits=_AT_LEAST_1)
-    class_weights: str | None = _option('script', None, (str,), 'auto: weigh each class in the loss by the inverse of '
-                                        'its number of samples (default: all classes weigh the same)', ('auto',))
+    class_weights: Literal['auto'] | None = _option(
+        'script', None, (str,), 'auto: weigh each class in the loss by the inverse of its number of samples (default: '
+        'all classes weigh the same)', ('auto',))
     interval: int | str = _option('scheduler', 'epoch', (int, str), "re-solve after each 'epoch', or after so many "
                                   "batches, or 'every:until,every' batches, e.g. 100:1000,1000", limits=_AT_LEAST_1)
-    warmup: str | None = _option('scheduler', None, (str,), "placed, rotated or none (default: the recipe's)",
-                                 WARMUPS)
+    warmup: WarmupName | None = _option('scheduler', None, (str,), "placed, rotated or none (default: the recipe's)",
+                                        get_args(WarmupName))
     warmup_length: int | str | None = _option('scheduler', None, (int, str), "a number of batches, '5 epochs', half or "
                                               "30% of the training (default: the recipe's)", limits=_AT_LEAST_1)
     evenness: float | None = _option('scheduler', None, (int, float), 'how strongly prototypes are kept apart while '

@@ -1,8 +1,14 @@
 """The three recipes: a word that sets warm-up, class means, loss, neck and scale together."""
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ['DEFAULT_RECIPE', 'RECIPES', 'Recipe', 'find_recipe']
+__all__ = ['DEFAULT_RECIPE', 'RECIPES', 'LossName', 'NeckName', 'Recipe', 'RecipeName', 'WarmupName', 'find_recipe']
+
+# The words of a recipe, for type checkers; what is made of them agrees with them by a test.
+RecipeName = Literal['placed', 'even', 'paper']
+NeckName = Literal['linear', 'linear_bn', 'none']
+WarmupName = Literal['placed', 'rotated', 'none']
+LossName = Literal['criterion', 'squared_cosine', 'dot_regression', 'sampled_cross_entropy', 'balanced_softmax']
 
 
 @dataclass(frozen=True)
@@ -21,19 +27,19 @@ class Recipe:
         memory: Factor on a class's sum for each of its new samples; None: the sums are plain between re-solves.
         random_start: Whether the first assignment is random. Otherwise class c starts with prototype c.
     """
-    name: str
-    neck: str = 'linear_bn'
+    name: RecipeName
+    neck: NeckName = 'linear_bn'
     learn_scale: bool = True
-    loss: str = 'criterion'
+    loss: LossName = 'criterion'
     loss_arguments: dict[str, Any] = field(default_factory=dict)
-    warmup: str = 'none'
+    warmup: WarmupName = 'none'
     warmup_length: str = '80 %'
     momentum: float = 0.5
     memory: float | None = None
     random_start: bool = False
 
 
-RECIPES = {recipe.name: recipe for recipe in (
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     # Prototypes move with their classes for four fifths of the training, then they are fixed: accuracy.
     Recipe(name='placed', warmup='placed'),
     # Evenly spread prototypes, rotated as a whole once and matched, then fixed: margins that are known.
@@ -54,7 +60,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     ),
 )}
 
-DEFAULT_RECIPE = 'placed'
+DEFAULT_RECIPE: RecipeName = 'placed'
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -349,7 +350,8 @@ def test_what_cannot_be_primed():
         prime(Model(6), [], AssignmentScheduler(Model(6)))
 
 
-def test_the_bar_is_on_stderr_and_can_be_left_out(capsys):
+def test_the_bar_is_on_stderr_and_can_be_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     prime(Model(6), list(batches(3)))
     assert '3/3' in capsys.readouterr().err
     prime(Model(6), list(batches(3)), progress=False)

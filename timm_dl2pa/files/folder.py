@@ -57,7 +57,7 @@ def check_format(number: Any, newest: int, origin: str) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Context manager that creates a folder if necessary, and removes what it created if its body raises.
 
     Args:

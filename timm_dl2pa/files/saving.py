@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ __all__ = ['LIBRARY', 'SavedModule']
 
 LIBRARY = 'timm_dl2pa'
 _FORMAT = 1
+
+Saved = TypeVar('Saved', bound='SavedModule')
 
 
 class SavedModule:
@@ -41,7 +43,7 @@ class SavedModule:
     whole_numbers: ClassVar[tuple[str, ...]] = ()
     label_names: list[str] | None
 
-    def save_pretrained(self, folder: str | os.PathLike, *, label_names: LabelNames | None = None) -> Path:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, label_names: LabelNames | None = None) -> Path:
         """Save the head to a folder, from which `load_head` loads it.
 
         The files are `model.safetensors` and `config.json`, which holds the sha256 of the weights. Both are complete,
@@ -123,16 +125,16 @@ class SavedModule:
 
     @classmethod
     def from_pretrained(
-            cls,
-            source: str | os.PathLike,
+            cls: type[Saved],
+            source: str | os.PathLike[str],
             *,
             num_classes: int | None = None,
             revision: str | None = None,
             token: str | bool | None = None,
-            cache_dir: str | os.PathLike | None = None,
+            cache_dir: str | os.PathLike[str] | None = None,
             force_download: bool = False,
             local_files_only: bool = False,
-    ) -> Any:
+    ) -> Saved:
         """Load a head from a folder or a repository of the Hugging Face Hub, in evaluation mode.
 
         The prototypes are read from the file, not computed. Nothing is unpickled. All contents are checked before the

@@ -12,7 +12,7 @@ _PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.tar')
 
 
 def find_files(
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         what: str,
         *,
         revision: str | None = None,

@@ -44,7 +44,7 @@ class ImageFiles:
     held_out: bool
 
 
-class Images(Dataset):
+class Images(Dataset[tuple[Any, int]]):
     """Images of files, with their classes.
 
     Args:
@@ -55,7 +55,7 @@ class Images(Dataset):
 
     def __init__(self, files: Sequence[tuple[str, int]], config: dict[str, Any], augment: bool = False):
         self.files = files
-        self.transform = create_transform(**config, is_training=augment, **(_AUGMENTATION if augment else {}))
+        self.transform: Any = create_transform(**config, is_training=augment, **(_AUGMENTATION if augment else {}))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -98,7 +98,7 @@ class _Folder(ImageFolder):
         return names, {name: index for index, name in enumerate(names)}
 
 
-def find_images(data: str | os.PathLike, seed: int = 0) -> ImageFiles:
+def find_images(data: str | os.PathLike[str], seed: int = 0) -> ImageFiles:
     """Find the images of a folder. None is opened.
 
     Args:

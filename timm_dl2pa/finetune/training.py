@@ -109,8 +109,8 @@ class Best:
         model.load_state_dict(self._state)
 
 
-def make_loader(images: Dataset, batch_size: int, workers: int, device: torch.device, seed: int | None = None
-                ) -> DataLoader:
+def make_loader(images: Dataset[Any], batch_size: int, workers: int, device: torch.device, seed: int | None = None
+                ) -> DataLoader[Any]:
     """Make a loader.
 
     Args:
@@ -132,8 +132,8 @@ def fine_tune(
         model: nn.Module,
         scheduler: AssignmentScheduler,
         criterion: nn.Module,
-        train: DataLoader,
-        validation: DataLoader,
+        train: DataLoader[Any],
+        validation: DataLoader[Any],
         plan: Plan,
 ) -> Iterator[Epoch]:
     """Train a model in place.
@@ -166,7 +166,7 @@ def fine_tune(
         began = time.perf_counter()
         set_mode(model, plan)
         total = torch.zeros((), device=device)
-        for images, labels in tqdm(train, f'epoch {number} of {plan.epochs}', unit='batch', leave=False):
+        for images, labels in tqdm(train, f'epoch {number} of {plan.epochs}', unit='batch', leave=False, disable=None):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             scheduler.resolve_if_due()
             loss = criterion(model(images), labels)
@@ -193,7 +193,7 @@ def set_mode(model: nn.Module, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader[Any]) -> Evaluation:
     """Evaluate a wrapped model, and leave it in evaluation mode."""
     model.eval()
     head = heads_of(model)[0]
@@ -202,7 +202,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     hook = head.register_forward_pre_hook(lambda module, inputs: embeddings.append(module.embed(inputs[0]).flatten(1)))
     losses, all_labels, predictions = 0.0, [], []
     try:
-        for images, labels in tqdm(loader, 'validation', unit='batch', leave=False):
+        for images, labels in tqdm(loader, 'validation', unit='batch', leave=False, disable=None):
             labels = labels.to(device)
             logits = model(images.to(device))
             losses += nn.functional.cross_entropy(logits.float(), labels, reduction='sum').item()

@@ -1,19 +1,20 @@
 """DL2PAConfig: what a head is made from."""
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..options import KINDS
 from ..prototypes import make_prototypes
-from ..recipes import DEFAULT_RECIPE, find_recipe
+from ..recipes import DEFAULT_RECIPE, NeckName, RecipeName, find_recipe
 from ..values import checked_value, whole_number
 from .neck import NECKS, neck_shapes
 
-__all__ = ['DL2PAConfig', 'check_scale', 'default_scale']
+__all__ = ['DL2PAConfig', 'TrainOutput', 'check_scale', 'default_scale']
 
-TRAIN_OUTPUTS = ('logits', 'embeddings')
+TrainOutput = Literal['logits', 'embeddings']
+TRAIN_OUTPUTS: tuple[str, ...] = get_args(TrainOutput)
 
 # Where a learned scale begins: low, so that young embeddings are not asked to be certain. It grows with training.
 LEARNED_SCALE_START = 4.0
@@ -87,13 +88,13 @@ class DL2PAConfig:
     num_classes: int
     dim: int
     num_prototypes: int | None = None
-    neck: str | None = None
+    neck: NeckName | None = None
     scale: float | None = None
     learn_scale: bool | None = None
-    train_output: str = 'logits'
+    train_output: TrainOutput = 'logits'
     seed: int = 0
     own_prototypes: bool = False
-    recipe: str = DEFAULT_RECIPE
+    recipe: RecipeName = DEFAULT_RECIPE
 
     def __post_init__(self) -> None:
         for field in fields(self):

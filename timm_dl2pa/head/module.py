@@ -3,7 +3,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -12,12 +12,12 @@ from ..assignment import check_assignment
 from ..distributed import copy_from_rank_0, is_distributed
 from ..files.saving import SavedModule
 from ..prototypes import check_prototypes, load_prototypes, unit_rows
-from ..recipes import DEFAULT_RECIPE, find_recipe
+from ..recipes import DEFAULT_RECIPE, NeckName, RecipeName, find_recipe
 from ..values import checked_value, whole_number
 from . import numerics
 from .averages import buffer_stamps, settle_average
 from .buffers import restore_float32
-from .config import DL2PAConfig
+from .config import DL2PAConfig, TrainOutput
 from .loading import check_scale_in_file, check_state
 from .nearest import nearest_classes
 from .neck import load_neck, make_neck
@@ -81,12 +81,15 @@ class DL2PAHead(SavedModule, nn.Module):
 
     prototypes: torch.Tensor
     assignment: torch.Tensor
+    averaged_assignment: torch.Tensor
+    scale: torch.Tensor  # unless it is learned
+    log_scale: nn.Parameter  # if the scale is learned
     config_class = DL2PAConfig
     _is_replica = False  # set in the replicas of nn.DataParallel
-    whole_numbers = ('assignment', 'neck.1.num_batches_tracked')
+    whole_numbers: ClassVar[tuple[str, ...]] = ('assignment', 'neck.1.num_batches_tracked')
     # TorchScript compiles properties, and knows no configs.
-    __jit_unused_properties__ = ('in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes',
-                                 'warming_up')
+    __jit_unused_properties__: ClassVar[tuple[str, ...]] = (
+        'in_features', 'num_classes', 'dim', 'train_output', 'class_prototypes', 'warming_up')
 
     def __init__(
             self,
@@ -95,12 +98,12 @@ class DL2PAHead(SavedModule, nn.Module):
             dim: int,
             *,
             num_prototypes: int | None = None,
-            prototypes: torch.Tensor | str | os.PathLike | None = None,
-            recipe: str = DEFAULT_RECIPE,
-            neck: str | None = None,
+            prototypes: torch.Tensor | str | os.PathLike[str] | None = None,
+            recipe: RecipeName = DEFAULT_RECIPE,
+            neck: NeckName | None = None,
             scale: float | None = None,
             learn_scale: bool | None = None,
-            train_output: str = 'logits',
+            train_output: TrainOutput = 'logits',
             seed: int = 0,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
@@ -120,7 +123,7 @@ class DL2PAHead(SavedModule, nn.Module):
             if num_prototypes not in (None, len(prototypes)):
                 raise ValueError(f'prototypes has {len(prototypes)} rows, but num_prototypes={num_prototypes}.')
             num_prototypes = len(prototypes)
-        self.config = DL2PAConfig(
+        self.config: DL2PAConfig = DL2PAConfig(
             in_features=in_features,
             num_classes=num_classes,
             dim=dim,
@@ -139,7 +142,7 @@ class DL2PAHead(SavedModule, nn.Module):
             # On the meta device tensors have shapes alone, and are given their values later.
             prototypes = torch.empty(self.config.num_prototypes, dim, device=device) if device.type == 'meta' \
                 else self.config.first_prototypes()
-        self.neck = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
+        self.neck: nn.Module = make_neck(self.config.neck, self.config.in_features, dim, device=device, dtype=dtype)
         if self.config.learn_scale:
             self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)], device=device, dtype=dtype))
         else:
@@ -152,7 +155,7 @@ class DL2PAHead(SavedModule, nn.Module):
         self.channels_first = False
         self.auxiliary = False
         self.label_names: list[str] | None = None
-        self.training_view = TrainingView()
+        self.training_view: TrainingView = TrainingView()
 
     def _first_assignment(self, device: torch.device) -> torch.Tensor:
         if not find_recipe(self.config.recipe).random_start:
@@ -231,7 +234,7 @@ class DL2PAHead(SavedModule, nn.Module):
         return self.config.dim
 
     @property
-    def train_output(self) -> str:
+    def train_output(self) -> TrainOutput:
         return self.config.train_output
 
     @property

@@ -1,12 +1,15 @@
 """The neck: the layers between a backbone's features and the embedding."""
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 import torch.nn as nn
 
+from ..recipes import NeckName
+
 __all__ = ['NECKS', 'load_neck', 'make_neck', 'neck_shapes']
 
-NECKS = ('linear', 'linear_bn', 'none')
+NECKS: tuple[str, ...] = get_args(NeckName)
 
 
 class _LinearBatchNorm(nn.Sequential):
@@ -51,7 +54,7 @@ def _refuse_single_sample(rows: torch.Tensor) -> None:
 
 
 def make_neck(
-        kind: str,
+        kind: NeckName,
         in_features: int,
         dim: int,
         *,
@@ -78,7 +81,7 @@ def make_neck(
     )
 
 
-def neck_shapes(kind: str, in_features: int, dim: int) -> dict[str, tuple[int, ...]]:
+def neck_shapes(kind: NeckName, in_features: int, dim: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a neck's tensors by their names, without making one: a file may ask for any size."""
     if kind == 'none':
         return {}

@@ -79,7 +79,7 @@ class ClassSampler(nn.Module):
     def __init__(self, num_classes: int, num_sampled: int, seed: int = 0):
         super().__init__()
         self.num_classes = num_classes
-        self.num_sampled = min(num_sampled, num_classes)
+        self.num_sampled: int = min(num_sampled, num_classes)
         generator = random.Random(seed)
         coprime = (number for number in iter(lambda: generator.randrange(1, num_classes), None)
                    if math.gcd(number, num_classes) == 1)

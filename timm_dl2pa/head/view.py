@@ -36,7 +36,7 @@ class TrainingView:
         self.warming_up = False
         self.warmup_loss: str | None = None
         self.scale: torch.Tensor | None = None
-        self.compiled = False
+        self.compiled: bool = False
         self._owner: Any = None
 
     def hear(self, features: torch.Tensor, embeddings: torch.Tensor, output: torch.Tensor, scale: torch.Tensor, *,

@@ -1,7 +1,9 @@
 """BalancedSoftmaxLoss: cross-entropy that allows for the frequencies of the classes."""
+from typing import Literal
+
 import torch
 
-from .targets import counted
+from .targets import Reduction, counted
 from .weighted_cross_entropy import WeightedCrossEntropyLoss
 
 __all__ = ['BalancedSoftmaxLoss']
@@ -42,12 +44,12 @@ class BalancedSoftmaxLoss(WeightedCrossEntropyLoss):
             self,
             num_classes: int,
             class_counts: torch.Tensor | None = None,
-            reduction: str = 'mean',
-            class_weights: torch.Tensor | str | None = None,
+            reduction: Reduction = 'mean',
+            class_weights: torch.Tensor | Literal['auto'] | None = None,
             ignore_index: int = -100,
     ):
         super().__init__(num_classes, class_weights, ignore_index=ignore_index, reduction=reduction)
-        self.counting = class_counts is None
+        self.counting: bool = class_counts is None
         counts = torch.as_tensor([1.0] * self.num_classes if class_counts is None else class_counts).float()
         if counts.shape != (self.num_classes,) or not bool((counts.isfinite() & (counts > 0)).all()):
             raise ValueError(f'class_counts must be {self.num_classes} positive numbers: count a class without samples '

@@ -1,4 +1,6 @@
 """ClassWeights: how much the samples of each class count in a loss, given or from their frequencies."""
+from typing import Literal
+
 import torch
 import torch.nn as nn
 
@@ -32,7 +34,7 @@ class ClassWeights(nn.Module):
     given: torch.Tensor | None
     counts: torch.Tensor | None
 
-    def __init__(self, num_classes: int, weights: torch.Tensor | str | None, ignore_index: int = -100):
+    def __init__(self, num_classes: int, weights: torch.Tensor | Literal['auto'] | None, ignore_index: int = -100):
         super().__init__()
         self.num_classes = num_classes
         self.ignore_index = ignore_index

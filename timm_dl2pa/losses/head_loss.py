@@ -1,4 +1,6 @@
 """HeadLoss: what the losses of a DL2PA head share, the cross-entropy of its logits or of its embeddings among it."""
+from typing import Literal
+
 import torch
 import torch.nn as nn
 
@@ -6,7 +8,7 @@ from ..head import ClassSampler, DL2PAHead, plain_tensor
 from ..head.numerics import cosines
 from ..values import whole_number
 from .class_weights import ClassWeights
-from .targets import check_reduction, checked_targets, reduced
+from .targets import Reduction, check_reduction, checked_targets, reduced
 
 __all__ = ['HeadLoss']
 
@@ -28,17 +30,17 @@ class HeadLoss(nn.Module):
         ValueError: An argument is out of range.
     """
 
-    def __init__(self, head: DL2PAHead, reduction: str, class_weights: torch.Tensor | str | None, ignore_index: int,
-                 num_sampled: int | None):
+    def __init__(self, head: DL2PAHead, reduction: Reduction, class_weights: torch.Tensor | Literal['auto'] | None,
+                 ignore_index: int, num_sampled: int | None):
         super().__init__()
         if not isinstance(head, DL2PAHead):
             raise TypeError(f'head must be a DL2PAHead, not {type(head).__name__}: of a wrapped model, take '
                             f'model.get_classifier() (the first of them, if it has several).')
         self._head = (head,)  # in a tuple, so that the head's parameters do not become the loss's
         self.reduction = check_reduction(reduction)
-        self.ignore_index = whole_number('ignore_index', ignore_index)
-        self.class_weights = ClassWeights(head.num_classes, class_weights, self.ignore_index)
-        self.sampler = None if num_sampled is None else \
+        self.ignore_index: int = whole_number('ignore_index', ignore_index)
+        self.class_weights: ClassWeights = ClassWeights(head.num_classes, class_weights, self.ignore_index)
+        self.sampler: ClassSampler | None = None if num_sampled is None else \
             ClassSampler(head.num_classes, num_sampled, head.config.seed).to(head.prototypes.device)
 
     @property

@@ -1,12 +1,13 @@
 """The losses of cosines with prototypes: the paper's squared cosine, and its dot regression for long tails."""
 import warnings
+from typing import Literal
 
 import torch
 
 from ..head import MANY_CLASSES, NUM_SAMPLED, DL2PAHead
 from ..values import real_number
 from .head_loss import HeadLoss
-from .targets import reduced
+from .targets import Reduction, reduced
 
 __all__ = ['DotRegressionLoss', 'SquaredCosineLoss']
 
@@ -20,16 +21,16 @@ class _PrototypeLoss(HeadLoss):
     without `weight`, and a warning says so once. For very many classes it samples them, where it takes embeddings.
     """
 
-    def __init__(self, head: DL2PAHead, reduction: str, weight: float, class_weights: torch.Tensor | str | None,
-                 ignore_index: int):
+    def __init__(self, head: DL2PAHead, reduction: Reduction, weight: float,
+                 class_weights: torch.Tensor | Literal['auto'] | None, ignore_index: int):
         if isinstance(head, DL2PAHead) and head.config.learn_scale:
             raise ValueError(f'{type(self).__name__} depends on cosines alone and would give the learned scale no '
                              f'gradient: make the head with learn_scale=False.')
         has_many = isinstance(head, DL2PAHead) and head.num_classes > MANY_CLASSES
         super().__init__(head, reduction, class_weights, ignore_index, NUM_SAMPLED if has_many else None)
         self._warned = False
-        self.weight = real_number('weight', weight, 0, remedy='It is a factor on the whole loss: weights of the '
-                                                              'classes are class_weights.')
+        self.weight: float = real_number('weight', weight, 0, remedy='It is a factor on the whole loss: weights of the '
+                                                                     'classes are class_weights.')
 
     def _needs_cross_entropy(self) -> bool:
         return self.head.training and self.head.training_view.warmup_loss == 'cross_entropy'
@@ -129,9 +130,9 @@ class SquaredCosineLoss(_PrototypeLoss):
     def __init__(
             self,
             head: DL2PAHead,
-            reduction: str = 'mean',
+            reduction: Reduction = 'mean',
             weight: float = 30.0,
-            class_weights: torch.Tensor | str | None = None,
+            class_weights: torch.Tensor | Literal['auto'] | None = None,
             ignore_index: int = -100,
     ):
         super().__init__(head, reduction, weight, class_weights, ignore_index)
@@ -169,9 +170,9 @@ class DotRegressionLoss(_PrototypeLoss):
     def __init__(
             self,
             head: DL2PAHead,
-            reduction: str = 'mean',
+            reduction: Reduction = 'mean',
             weight: float = 1.0,
-            class_weights: torch.Tensor | str | None = None,
+            class_weights: torch.Tensor | Literal['auto'] | None = None,
             ignore_index: int = -100,
     ):
         super().__init__(head, reduction, weight, class_weights, ignore_index)

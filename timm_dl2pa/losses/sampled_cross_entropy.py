@@ -1,9 +1,12 @@
 """SampledCrossEntropyLoss: cross-entropy over the batch's classes and a sample of the others."""
+from typing import Literal
+
 import torch
 
 from ..head import NUM_SAMPLED, DL2PAHead
 from ..values import real_number, whole_number
 from .head_loss import HeadLoss
+from .targets import Reduction
 
 __all__ = ['SampledCrossEntropyLoss']
 
@@ -55,13 +58,13 @@ class SampledCrossEntropyLoss(HeadLoss):
             self,
             head: DL2PAHead,
             num_sampled: int = NUM_SAMPLED,
-            reduction: str = 'mean',
+            reduction: Reduction = 'mean',
             label_smoothing: float = 0.0,
-            class_weights: torch.Tensor | str | None = None,
+            class_weights: torch.Tensor | Literal['auto'] | None = None,
             ignore_index: int = -100,
     ):
         super().__init__(head, reduction, class_weights, ignore_index, whole_number('num_sampled', num_sampled, 1))
-        self.label_smoothing = real_number('label_smoothing', label_smoothing, 0, 1)
+        self.label_smoothing: float = real_number('label_smoothing', label_smoothing, 0, 1)
 
     def forward(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss, float32: () or, with reduction 'none', (B,).

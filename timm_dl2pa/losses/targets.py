@@ -1,17 +1,18 @@
 """What the losses share: checked targets, samples that are left out, class counts, and the mean over a batch."""
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from ..head import plain_tensor
 
-__all__ = ['REDUCTIONS', 'as_labels', 'check_reduction', 'checked_targets', 'counted', 'reduced']
+__all__ = ['REDUCTIONS', 'Reduction', 'as_labels', 'check_reduction', 'checked_targets', 'counted', 'reduced']
 
-REDUCTIONS = ('mean', 'sum', 'none')
+Reduction = Literal['mean', 'sum', 'none']
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 
-def check_reduction(reduction: str) -> str:
+def check_reduction(reduction: Reduction) -> Reduction:
     """Return it, or raise a ValueError if there is no such reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction must be one of {", ".join(REDUCTIONS)}, not {reduction!r}.')
@@ -80,7 +81,7 @@ def counted(counts: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> t
 def reduced(
         per_sample: torch.Tensor,
         targets: torch.Tensor,
-        reduction: str,
+        reduction: Reduction,
         weights: torch.Tensor | None,
         ignore_index: int,
 ) -> torch.Tensor:

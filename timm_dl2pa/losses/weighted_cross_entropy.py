@@ -1,11 +1,13 @@
 """WeightedCrossEntropyLoss: cross-entropy in which classes weigh differently."""
+from typing import Literal
+
 import torch
 import torch.nn as nn
 
 from ..head import plain_tensor
 from ..values import real_number, whole_number
 from .class_weights import ClassWeights
-from .targets import check_reduction, checked_targets, reduced
+from .targets import Reduction, check_reduction, checked_targets, reduced
 
 __all__ = ['WeightedCrossEntropyLoss']
 
@@ -34,16 +36,16 @@ class WeightedCrossEntropyLoss(nn.Module):
     def __init__(
             self,
             num_classes: int,
-            class_weights: torch.Tensor | str | None = 'auto',
+            class_weights: torch.Tensor | Literal['auto'] | None = 'auto',
             label_smoothing: float = 0.0,
             ignore_index: int = -100,
-            reduction: str = 'mean',
+            reduction: Reduction = 'mean',
     ):
         super().__init__()
-        self.num_classes = num_classes = whole_number('num_classes', num_classes, least=1)
-        self.class_weights = ClassWeights(num_classes, class_weights, ignore_index)
-        self.label_smoothing = real_number('label_smoothing', label_smoothing, 0, 1)
-        self.ignore_index = whole_number('ignore_index', ignore_index)
+        self.num_classes: int = whole_number('num_classes', num_classes, least=1)
+        self.class_weights: ClassWeights = ClassWeights(self.num_classes, class_weights, ignore_index)
+        self.label_smoothing: float = real_number('label_smoothing', label_smoothing, 0, 1)
+        self.ignore_index: int = whole_number('ignore_index', ignore_index)
         self.reduction = check_reduction(reduction)
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

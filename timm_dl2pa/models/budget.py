@@ -39,7 +39,8 @@ class BuildBudget(TorchFunctionMode):
         self.num_tensors = _DEFAULT_TENSORS if num_tensors is None else num_tensors
         self.calls_left = _CALLS_PER_TENSOR * self.num_tensors + _MORE_CALLS
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
         """Count a call, and make it."""
         kwargs = kwargs or {}
         self.calls_left -= 1

@@ -7,12 +7,12 @@ import torch.nn as nn
 from ..head import DL2PAHead, heads_of
 from .classifiers import unregistered_tensors
 from .reparameterization import fuse_everything
-from .wrapping import RemovedLinear, record_registry_entry, set_module
+from .wrapping import Model, RemovedLinear, record_registry_entry, set_module
 
 __all__ = ['fold_dl2pa']
 
 
-def fold_dl2pa(model: nn.Module, *, normalize: bool = False, images: torch.Tensor | None = None) -> nn.Module:
+def fold_dl2pa(model: Model, *, normalize: bool = False, images: torch.Tensor | None = None) -> Model:
     """Fold the DL2PA heads of a model into linear classifiers, and return a plain timm model.
 
     The folded model ranks the classes of every image in the same order.

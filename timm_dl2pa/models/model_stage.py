@@ -33,7 +33,7 @@ def model_stage(
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
         label_names: LabelNames | None = None,
-        parent: str | os.PathLike | None = None,
+        parent: str | os.PathLike[str] | None = None,
 ) -> Iterator[Path]:
     """Context manager that writes a model's two files to a temporary folder, after checking that timm can load them.
 

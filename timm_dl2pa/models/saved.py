@@ -20,7 +20,7 @@ __all__ = ['check_savable', 'label_names_of', 'load_model', 'save_model']
 
 def save_model(
         model: nn.Module,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         model_args: dict[str, Any] | None = None,
         data_config: dict[str, Any] | None = None,
@@ -98,13 +98,13 @@ def check_savable(model: nn.Module) -> None:
 
 
 def load_model(
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         device: torch.device | str = 'cpu',
         *,
         num_classes: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
 ) -> nn.Module:

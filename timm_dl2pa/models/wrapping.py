@@ -5,15 +5,15 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 
 from ..files.labels import read_label_names
-from ..head import DL2PAConfig, DL2PAHead, heads_of, leave_out_of_broadcasts, load_head
+from ..head import DL2PAConfig, DL2PAHead, TrainOutput, heads_of, leave_out_of_broadcasts, load_head
 from ..options import PREFIX, names_of
-from ..recipes import DEFAULT_RECIPE
+from ..recipes import DEFAULT_RECIPE, NeckName, RecipeName
 from .classifiers import (
     check_classes_agree,
     check_has_classifier,
@@ -26,6 +26,9 @@ from .reparameterization import fuse_around_heads
 
 __all__ = ['REGISTRY_NAME', 'RemovedLinear', 'backbone_name', 'record_registry_entry', 'registry_options',
            'replace_classifiers', 'set_module', 'wrap_dl2pa']
+
+# The type of a model, which stays what it is.
+Model = TypeVar('Model', bound=nn.Module)
 
 # The name of the entry for wrapped models in timm's registry.
 REGISTRY_NAME = 'dl2pa'
@@ -243,20 +246,20 @@ class _ResetClassifier:
 
 
 def wrap_dl2pa(
-        model: nn.Module,
+        model: Model,
         dim: int = 128,
         *,
-        recipe: str = DEFAULT_RECIPE,
+        recipe: RecipeName = DEFAULT_RECIPE,
         num_classes: int | None = None,
         num_prototypes: int | None = None,
-        prototypes: torch.Tensor | str | os.PathLike | None = None,
-        neck: str | None = None,
+        prototypes: torch.Tensor | str | os.PathLike[str] | None = None,
+        neck: NeckName | None = None,
         scale: float | None = None,
         learn_scale: bool | None = None,
-        train_output: str = 'logits',
+        train_output: TrainOutput = 'logits',
         seed: int = 0,
-        head: DL2PAHead | str | os.PathLike | None = None,
-) -> nn.Module:
+        head: DL2PAHead | str | os.PathLike[str] | None = None,
+) -> Model:
     """Replace the classifier of a timm model by a DL2PA head, in place.
 
     The backbone's weights are unchanged. The methods of the model keep working: forward_features, forward_head,
@@ -337,7 +340,7 @@ def wrap_dl2pa(
 
 def _wrap_with_head(
         model: nn.Module,
-        head: DL2PAHead | str | os.PathLike,
+        head: DL2PAHead | str | os.PathLike[str],
         num_classes: int | None,
         dim: int,
         options: dict[str, Any],

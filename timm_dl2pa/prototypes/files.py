@@ -26,7 +26,7 @@ _LONGEST_WRITE = 24 * 3600
 
 
 @contextmanager
-def staging_folder(parent: str | os.PathLike | None = None) -> Iterator[Path]:
+def staging_folder(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Context manager for a temporary folder, in which files are completed before they replace others.
 
     What writers that were killed left in the parent is removed.
@@ -66,7 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     path.chmod(stat.S_IMODE(mode))
 
 
-def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: dict[str, Any] | None = None) -> None:
+def save_prototypes(path: str | os.PathLike[str], prototypes: torch.Tensor, about: dict[str, Any] | None = None
+                    ) -> None:
     """Write a prototype set to a safetensors file, which `load_prototypes` reads.
 
     The file is complete before it replaces an older one. Its metadata hold the sha256 of its contents.
@@ -94,7 +95,7 @@ def save_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, about: di
         os.replace(stage / path.name, path)
 
 
-def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
+def load_prototypes(path: str | os.PathLike[str]) -> torch.Tensor:
     """Read a prototype set from a safetensors file: its tensor `prototypes`, or its only tensor.
 
     Args:
@@ -116,7 +117,7 @@ def load_prototypes(path: str | os.PathLike) -> torch.Tensor:
     return read_prototypes(path)[0]
 
 
-def read_prototypes(path: str | os.PathLike) -> tuple[torch.Tensor, dict[str, Any]]:
+def read_prototypes(path: str | os.PathLike[str]) -> tuple[torch.Tensor, dict[str, Any]]:
     """Read a prototype set and the description in its file's metadata.
 
     Args:

@@ -3,6 +3,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -12,12 +13,22 @@ from .bounds import max_cosine_lower_bound
 from .cache import read_cached, write_cached
 from .closed_form import orthogonal_simplices, regular_polygon, regular_simplex
 from .codes import CODES, Code, best_code, code_points, find_code
-from .optimise import MIN_EVALUATIONS, OBJECTIVES, affordable_evaluations, cross_polytopes, optimise, sgd_recipe
+from .optimise import (
+    MIN_EVALUATIONS,
+    OBJECTIVES,
+    Objective,
+    affordable_evaluations,
+    cross_polytopes,
+    optimise,
+    sgd_recipe,
+)
 from .quality import prototype_quality
 
-__all__ = ['METHODS', 'PrototypeInfo', 'make_prototypes']
+__all__ = ['METHODS', 'Method', 'PrototypeInfo', 'make_prototypes']
 
-METHODS = ('auto', 'quick', 'simplex', 'polygon', 'simplices', *CODES, 'cross_polytopes', 'optimise', 'sgd')
+Method = Literal['auto', 'quick', 'simplex', 'polygon', 'simplices', 'kerdock', 'bch', 'weil', 'cross_polytopes',
+                 'optimise', 'sgd']
+METHODS: tuple[str, ...] = get_args(Method)
 # The methods that take long enough for their sets to be cached.
 _CACHED_METHODS = ('optimise', 'sgd')
 # Evaluations of the objective that 'optimise' needs to converge.
@@ -67,8 +78,8 @@ class PrototypeInfo:
         seconds: The time that it took to make the set. For a cached set, the time when it was made.
         cached: Whether the set was read from the cache.
     """
-    objective: str
-    method: str
+    objective: Objective
+    method: Method
     seed: int
     description: str
     theorem: float | None
@@ -77,12 +88,24 @@ class PrototypeInfo:
     cached: bool = False
 
 
+@overload
+def make_prototypes(num_prototypes: int, dim: int, *, objective: Objective = ..., method: Method = ..., seed: int = ...,
+                    return_info: Literal[False] = ..., effort: float = ..., device: torch.device | str = ...,
+                    progress: bool = ..., cache: bool = ...) -> torch.Tensor: ...
+
+
+@overload
+def make_prototypes(num_prototypes: int, dim: int, *, objective: Objective = ..., method: Method = ..., seed: int = ...,
+                    return_info: Literal[True], effort: float = ..., device: torch.device | str = ...,
+                    progress: bool = ..., cache: bool = ...) -> tuple[torch.Tensor, PrototypeInfo]: ...
+
+
 def make_prototypes(
         num_prototypes: int,
         dim: int,
         *,
-        objective: str = 'uniform',
-        method: str = 'auto',
+        objective: Objective = 'uniform',
+        method: Method = 'auto',
         seed: int = 0,
         return_info: bool = False,
         effort: float = 1.0,
@@ -130,7 +153,7 @@ def make_prototypes(
         effort: Factor on the work budget of 'optimise'. In 'auto' and 'quick' it also raises the size up to which
             'optimise' is tried.
         device: The device of 'optimise', which computes in float64 on the CPU and in float32 on a GPU.
-        progress: Whether to show a progress bar for 'optimise' and 'sgd'.
+        progress: Whether to show a progress bar for 'optimise' and 'sgd', where stderr is a terminal.
         cache: Whether to use the cache.
 
     Returns:
@@ -326,7 +349,7 @@ class _ProgressBar:
         if not self.shown:
             return lambda share: None
         from tqdm import tqdm
-        self.bar = tqdm(total=100, desc=f'prototypes: {self.name}', unit='%',
+        self.bar = tqdm(total=100, desc=f'prototypes: {self.name}', unit='%', disable=None,
                         bar_format='{l_bar}{bar}| {elapsed}<{remaining}')
 
         def report(share: float) -> None:

@@ -1,5 +1,6 @@
 """Prototype sets by optimisation, for either objective: the paper's uniformity or the smallest maximal cosine."""
 from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -9,9 +10,11 @@ from .bounds import max_cosine_lower_bound
 from .closed_form import random_frames
 from .energy import UNIFORMITY, pair_energy
 
-__all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'affordable_evaluations', 'cross_polytopes', 'optimise', 'sgd_recipe']
+__all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'Objective', 'affordable_evaluations', 'cross_polytopes', 'optimise',
+           'sgd_recipe']
 
-OBJECTIVES = ('uniform', 'separated')
+Objective = Literal['uniform', 'separated']
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 # The fewest evaluations of the objective that bring random points near a minimum.
 MIN_EVALUATIONS = 100

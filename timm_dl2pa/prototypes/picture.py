@@ -9,7 +9,7 @@ from .quality import PrototypeQuality
 __all__ = ['draw_prototypes']
 
 
-def draw_prototypes(path: str | os.PathLike, prototypes: torch.Tensor, quality: PrototypeQuality) -> None:
+def draw_prototypes(path: str | os.PathLike[str], prototypes: torch.Tensor, quality: PrototypeQuality) -> None:
     """Plot a histogram of the cosines with the nearest other point, with the bound, and for d = 2 and 3 the points.
 
     Of a set of 40,000 points or more, an evenly spaced sample is compared with all points.

@@ -40,13 +40,13 @@ class ClassMeans:
     """
 
     def __init__(self, num_classes: int, dim: int, device: torch.device | str | None = None):
-        self.num_classes = num_classes = whole_number('num_classes', num_classes, least=1)
-        self.dim = dim = whole_number('dim', dim, least=1)
-        self.sums = torch.zeros(num_classes, dim, device=device, dtype=torch.float32)
+        self.num_classes: int = whole_number('num_classes', num_classes, least=1)
+        self.dim: int = whole_number('dim', dim, least=1)
+        self.sums: torch.Tensor = torch.zeros(self.num_classes, self.dim, device=device, dtype=torch.float32)
         # Smallest and largest hard label seen, kept on the device: reading them at every step would wait for it.
-        self.label_range = torch.tensor([0, 0], device=device)
+        self.label_range: torch.Tensor = torch.tensor([0, 0], device=device)
         # How many samples came since the last `decay`, and how many of them were left out as not finite.
-        self.tally = torch.tensor([0, 0], device=device)
+        self.tally: torch.Tensor = torch.tensor([0, 0], device=device)
 
     def to(self, device: torch.device | str) -> 'ClassMeans':
         """Move the sums, in place."""
@@ -193,7 +193,7 @@ class MovingClassMeans(ClassMeans):
         super().__init__(num_classes, dim, device)
         self.memory = memory
         self._gathering = Gathering()
-        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
+        self.counts: torch.Tensor = torch.zeros(num_classes, device=device, dtype=torch.float32)
 
     def to(self, device: torch.device | str) -> 'MovingClassMeans':
         """Move sums and counts, in place."""

@@ -79,11 +79,12 @@ class Clock:
     """
 
     def __init__(self, total: Duration | None = None):
-        self.batches = 0
-        self.epochs = 0
-        self.epoch_began = 0  # after so many batches
-        self.epoch_length = 0  # batches of the last epoch
-        self.settled_batch = self.settled_epoch = 0  # the counts when the warm-up ended
+        self.batches: int = 0
+        self.epochs: int = 0
+        self.epoch_began: int = 0  # after so many batches
+        self.epoch_length: int = 0  # batches of the last epoch
+        self.settled_batch: int = 0  # the counts when the warm-up ended
+        self.settled_epoch: int = 0
         self.total = total
 
     @property

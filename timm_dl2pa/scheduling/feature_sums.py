@@ -1,5 +1,6 @@
 """FeatureSums: what a pass over images leaves of a head's features, whatever their number."""
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class FeatureSums:
     def __init__(self, head: DL2PAHead, ignore_index: int):
         device = head.prototypes.device
         # MPS has no float64.
-        kind = dict(dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
+        kind: dict[str, Any] = dict(dtype=torch.float32 if device.type == 'mps' else torch.float64, device=device)
         classes, width = head.num_classes, head.in_features
         self.num_classes = classes
         self.ignore_index = ignore_index

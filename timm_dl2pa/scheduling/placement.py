@@ -63,7 +63,7 @@ class PrototypePlacement:
     def __init__(self, num_classes: int, evenness: float, seed: int = 0, device: torch.device | str | None = None):
         self.num_classes = num_classes
         self.evenness = evenness
-        self.counts = torch.zeros(num_classes, device=device, dtype=torch.float32)
+        self.counts: torch.Tensor = torch.zeros(num_classes, device=device, dtype=torch.float32)
         self.seen = torch.zeros((), device=device, dtype=torch.float32)
         self.steps = 0
         self._sampler = ClassSampler(num_classes, NUM_SAMPLED, seed) if num_classes > MANY_CLASSES else None

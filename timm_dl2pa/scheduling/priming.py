@@ -184,7 +184,7 @@ def prime(
             distributed run every process gives its own part of them.
         scheduler: The model's scheduler, if there is one.
         max_batches: Largest number of batches to take. A few dozen images a class suffice.
-        progress: Show a bar on stderr (on rank 0).
+        progress: Show a bar on stderr (on rank 0), where that is a terminal.
         ignore_index: The label of samples that are left out. Those whose features are not finite are left out too, with
             a warning.
 
@@ -215,14 +215,15 @@ def prime(
     # DataParallel's would split the batch.
     inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
     first = next(inner.parameters(), heads[0].prototypes)
-    quiet = not progress or rank() != 0
+    # None: quiet where the output is no terminal.
+    disable = None if progress and rank() == 0 else True
     total = len(loader) if hasattr(loader, '__len__') else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     modes = BackboneModes(inner, heads)
     primer = Primer(heads, ignore_index)
     try:
-        with torch.no_grad(), tqdm(total=total, desc='prime', disable=quiet, unit='batch') as bar:
+        with torch.no_grad(), tqdm(total=total, desc='prime', disable=disable, unit='batch') as bar:
             for batch in islice(loader, max_batches):
                 images, targets = split_batch(batch)
                 images = to_model(images, first)

@@ -65,12 +65,12 @@ class Resolver:
 
     def __init__(self, heads: Sequence[DL2PAHead], *, min_gain: float = 0.0, lag: int = 16):
         self.heads = heads
-        self.min_gain = real_number('min_gain', min_gain)
+        self.min_gain: float = real_number('min_gain', min_gain)
         if not 0 <= self.min_gain < 1:
             raise ValueError(f'min_gain must be a share from 0 to below 1, not {min_gain}.')
-        self.lag = whole_number('lag', lag, least=1)
+        self.lag: int = whole_number('lag', lag, least=1)
         self._history: deque[AssignmentUpdate] = deque(maxlen=_HISTORY)
-        self.updates = 0
+        self.updates: int = 0
         self.prices: torch.Tensor | None = None
         self.pending: PendingSolve | None = None
 

@@ -1,11 +1,13 @@
 """Schedule: after which batches or epochs a re-solve falls due."""
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ..values import whole_number
 
 __all__ = ['Schedule']
 
+Unit = Literal['batches', 'epochs']
 _INTERVALS = "interval must be 'epoch' or a number of batches >= 1, a Schedule or its text 'every:until,every'"
 
 
@@ -29,10 +31,10 @@ class Schedule:
         [900, 1000, 2000, 3000]
     """
     stages: tuple[tuple[int, int | None], ...]
-    unit: str = 'batches'
+    unit: Unit = 'batches'
 
     def __post_init__(self) -> None:
-        if self.unit not in ('batches', 'epochs'):
+        if self.unit not in get_args(Unit):
             raise ValueError(f"unit must be 'batches' or 'epochs', not {self.unit!r}.")
         if not self.stages:
             raise ValueError('stages must have at least one pair (every, until).')

@@ -6,18 +6,19 @@ import torch
 import torch.nn as nn
 
 from ..distributed import check_on_every_rank, is_distributed
-from ..head import heads_of, leave_out_of_broadcasts
+from ..head import DL2PAHead, heads_of, leave_out_of_broadcasts
 from ..losses.targets import as_labels
-from ..recipes import find_recipe
+from ..recipes import Recipe, RecipeName, WarmupName, find_recipe
 from ..values import checked_value
 from .checks import check_heads, check_numbers, check_scheduler_state
-from .class_means import make_class_means
+from .class_means import ClassMeans, make_class_means
 from .clock import Clock, Duration
 from .forwards import Forwards
 from .resolver import Resolver
 from .schedule import Schedule
 from .targets import IGNORED, check_targets, check_values, samples_that_count
 from .update import AssignmentUpdate
+from .warmup import Warmup
 from .warmups import warmup_maker
 from .watch import LoopWatch
 
@@ -67,26 +68,34 @@ class AssignmentScheduler:
         ...     update = scheduler.step(labels)     # None, or an AssignmentUpdate
     """
 
-    def __init__(self, model: nn.Module, interval: int | str | Schedule = 'epoch', *, recipe: str | None = None,
-                 total: int | str | None = None, warmup: str | None = None, warmup_length: float | str | None = None,
-                 evenness: float | None = None, start: int = 0, stop: int | None = None, momentum: float | None = None,
-                 min_gain: float = 0.0, background: bool = False, lag: int = 16, ignore_index: int = IGNORED):
-        self.heads = check_heads(model, heads_of(model))
+    start: int
+    stop: int | None
+    momentum: float
+    ignore_index: int
+
+    def __init__(self, model: nn.Module, interval: int | str | Schedule = 'epoch', *, recipe: RecipeName | None = None,
+                 total: int | str | None = None, warmup: WarmupName | None = None,
+                 warmup_length: float | str | None = None, evenness: float | None = None, start: int = 0,
+                 stop: int | None = None, momentum: float | None = None, min_gain: float = 0.0,
+                 background: bool = False, lag: int = 16, ignore_index: int = IGNORED):
+        self.heads: list[DL2PAHead] = check_heads(model, heads_of(model))
         head = self.heads[0]
-        self.recipe = find_recipe(head.config.recipe if recipe is None else recipe)
+        self.recipe: Recipe = find_recipe(head.config.recipe if recipe is None else recipe)
         self.start, self.stop, self.momentum, self.ignore_index = check_numbers(
             start, stop, self.recipe.momentum if momentum is None else momentum, ignore_index)
-        self.schedule, self.background = Schedule.of(interval), checked_value('background', background, bool)
-        self.clock = Clock(total)
+        self.schedule: Schedule = Schedule.of(interval)
+        self.background: bool = checked_value('background', background, bool)
+        self.clock: Clock = Clock(total)
         self._recipe_length = Duration.of(self.recipe.warmup_length)  # read once: each batch of a warm-up asks
         self._given_length = None if warmup_length is None else Duration.of(warmup_length, 'warmup_length')
-        self.resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
+        self.resolver: Resolver = Resolver(self.heads, min_gain=min_gain, lag=lag)
         warmup = 'none' if self.stop == 0 else self.recipe.warmup if warmup is None else warmup
         self._make_warmup = warmup_maker(warmup, self.heads, evenness)
-        self.warmup = self._make_warmup()
+        self.warmup: Warmup | None = self._make_warmup()
         self._may_last = self.warmup is not None and self.warmup.moves_prototypes
-        self.class_means = make_class_means(head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
-        self.due = False  # whether a re-solve waits for the next batch
+        self.class_means: ClassMeans = make_class_means(
+            head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)
+        self.due: bool = False  # whether a re-solve waits for the next batch
         self._forwards = Forwards(head.num_classes, head.dim)
         self._watch = LoopWatch(needs_epochs='epochs' in (self.schedule.unit, self.warmup_length.unit))
         self._values_checked = False
@@ -97,10 +106,25 @@ class AssignmentScheduler:
         if self.warmup:
             self.warmup.begin()
 
-    steps = property(lambda self: self.clock.batches, doc='Number of batches that were folded in.')
-    epochs = property(lambda self: self.clock.epochs, doc='Number of epochs that are over.')
-    history = property(lambda self: self.resolver.history, doc='The updates, in their order.')
-    warming_up = property(lambda self: self.warmup is not None, doc='Whether the warm-up is under way.')
+    @property
+    def steps(self) -> int:
+        """Number of batches that were folded in."""
+        return self.clock.batches
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs that are over."""
+        return self.clock.epochs
+
+    @property
+    def history(self) -> list[AssignmentUpdate]:
+        """The updates, in their order."""
+        return self.resolver.history
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the warm-up is under way."""
+        return self.warmup is not None
 
     @property
     def warmup_length(self) -> Duration:

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Sequence
 
 from ..head import DL2PAHead
+from ..recipes import WarmupName
 from .placement import PlacedWarmup
 from .rotation import RotatedWarmup
 from .warmup import Warmup
@@ -11,7 +12,7 @@ __all__ = ['WARMUPS', 'warmup_maker']
 WARMUPS = {kind.name: kind for kind in (PlacedWarmup, RotatedWarmup)}
 
 
-def warmup_maker(name: str, heads: Sequence[DL2PAHead], evenness: float | None) -> Callable[[], Warmup | None]:
+def warmup_maker(name: WarmupName, heads: Sequence[DL2PAHead], evenness: float | None) -> Callable[[], Warmup | None]:
     """Return a function that makes a warm-up of that name.
 
     Args:

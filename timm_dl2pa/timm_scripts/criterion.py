@@ -17,9 +17,11 @@ from ..options import PluginOptions
 __all__ = ['HEAD_LOSSES', 'OUR_LOSSES', 'make_criterion']
 
 # Those that take embeddings too.
-HEAD_LOSSES = {'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss,
-               'sampled_cross_entropy': SampledCrossEntropyLoss}
-OUR_LOSSES = (*HEAD_LOSSES.values(), WeightedCrossEntropyLoss)  # balanced softmax is one of the latter
+HEAD_LOSSES: dict[str, type[nn.Module]] = {
+    'squared_cosine': SquaredCosineLoss, 'dot_regression': DotRegressionLoss,
+    'sampled_cross_entropy': SampledCrossEntropyLoss}
+OUR_LOSSES: tuple[type[nn.Module], ...] = (
+    *HEAD_LOSSES.values(), WeightedCrossEntropyLoss)  # balanced softmax is one of the latter
 
 
 def make_criterion(criterion: nn.Module, options: PluginOptions, head: DL2PAHead) -> tuple[nn.Module, str]:

@@ -5,14 +5,14 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 import timm
 import yaml
 
-from ..options import PREFIX, PluginOptions
+from ..flags import make_flags, read_flags
+from ..options import PluginOptions
 from ..values import shown
 from .creation import check_times
 from .hooks import plugged_in
@@ -23,32 +23,6 @@ _FLAG = '--model-kwargs'
 # The program of a restart. Its arguments are the import path and the arguments of the command.
 _RESTART = 'import ast, sys; sys.path[:] = ast.literal_eval(sys.argv[1]); ' \
            'from timm_dl2pa.timm_scripts.run import run_script; run_script(sys.argv[2:], is_restarted=True)'
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='timm-dl2pa run',
-        usage='timm-dl2pa run [DL2PA options] SCRIPT [options of the script and of DL2PA]',
-        description='Runs an unmodified script of timm (train.py, validate.py, inference.py, onnx_export.py, '
-                    'benchmark.py, ...) with a DL2PA head on the model that it creates. With torchrun: '
-                    'torchrun --nproc-per-node 4 -m timm_dl2pa run train.py ...',
-        add_help=False,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group('DL2PA options')
-    for spec in fields(PluginOptions):
-        flag = '--' + (PREFIX + spec.name).replace('_', '-')
-        # Strings, which are all parsed in the same way as the values of --model-kwargs.
-        kind: dict[str, Any] = {'action': 'store_const', 'const': 'True'} if bool in spec.metadata['kinds'] else \
-            {'metavar': spec.name.rpartition('_')[2].upper()}
-        group.add_argument(flag, dest=PREFIX + spec.name, default=argparse.SUPPRESS, help=_help(spec), **kind)
-    return parser
-
-
-def _help(spec: Field) -> str:
-    """Return an option's help with its default; argparse takes % for a placeholder."""
-    default = '' if spec.default is None else f' (default: {spec.default})'
-    return (spec.metadata['help'] + default).replace('%', '%%')
 
 
 def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
@@ -65,12 +39,8 @@ def run_script(arguments: Sequence[str], *, is_restarted: bool = False) -> None:
         SystemExit: Raised by the script; or with the status 2 and a line on stderr if the script or its config file
             cannot be read, an option is invalid, or the timm in the script's folder cannot be imported.
     """
-    parser = _parser()
-    options, rest = parser.parse_known_args(list(arguments))
-    given = vars(options)
-    if not rest or rest[0] in ('-h', '--help'):
-        parser.print_help()
-        raise SystemExit(0 if rest else 2)
+    given, rest = read_flags(arguments)
+    parser = make_flags()
     script, argv = Path(rest[0]), rest[1:]
     if not os.path.isfile(script):  # also where the name is too long for a file's
         parser.exit(2, f'timm-dl2pa run: {script}: no such file. The first argument that is not a DL2PA option must be '

@@ -203,7 +203,7 @@ class DL2PATask(TrainingTask):
         if interval and self._updates % interval == 0:
             self.assignment_scheduler.merge()
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> TrainingTask:
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> TrainingTask:
         """Wrap the model for distributed training, also on the CPU.
 
         Args:
