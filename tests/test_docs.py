@@ -94,7 +94,7 @@ def test_options_and_commands_exist(page):
     named += [flag.replace('-', '_') for flag in re.findall(r'--(dl2pa-[a-z-]+)', text)]
     assert set(named) <= known
     commands = set(re.findall(r'timm-dl2pa ([a-z]+)', text))
-    assert commands <= {'demo', 'finetune', 'run', 'inspect', 'prototypes', 'fold', 'push'}
+    assert commands <= {'demo', 'embed', 'evaluate', 'finetune', 'run', 'inspect', 'prototypes', 'fold', 'push'}
 
 
 def test_options_page_has_every_option():

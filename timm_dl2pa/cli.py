@@ -6,6 +6,8 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
+from .embed.arguments import add_embed
+from .evaluate.arguments import add_evaluate
 from .recipes import DEFAULT_RECIPE, RECIPES
 from .version import __version__
 
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
     demo.add_argument('--output', default='dl2pa-demo', metavar='DIR', help='folder for all that is written')
     finetune = _add_finetune(commands)
+    evaluate = add_evaluate(commands, _KeyValues)
+    embed = add_embed(commands, _KeyValues)
     commands.add_parser(
         'run', add_help=False,
         help='run an unmodified script of timm with the DL2PA options among its flags (run --help)')
@@ -188,6 +192,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finetune.exit(130, 'timm-dl2pa finetune: interrupted before there was a model to save\n')
         except _ERRORS as error:
             finetune.exit(2, f'timm-dl2pa finetune: {error}\n')
+        return 0
+    if command == 'evaluate':
+        from .evaluate.command import run_evaluate
+        try:
+            run_evaluate(options.pop('source'), options.pop('data'), **options)
+        except _ERRORS as error:
+            evaluate.exit(2, f'timm-dl2pa evaluate: {error}\n')
+        return 0
+    if command == 'embed':
+        from .embed.command import run_embed
+        try:
+            run_embed(options.pop('source'), options.pop('images'), **options)
+        except KeyboardInterrupt:
+            embed.exit(130, 'timm-dl2pa embed: interrupted: the same command goes on where it stopped\n')
+        except _ERRORS as error:
+            embed.exit(2, f'timm-dl2pa embed: {error}\n')
         return 0
     try:
         from .demo import run_demo

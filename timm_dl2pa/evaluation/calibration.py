@@ -116,4 +116,4 @@ def fit_temperature(embeddings: torch.Tensor, labels: torch.Tensor, class_vector
         return _COLDEST
     if slope(ends[1]) >= 0:
         return _HOTTEST
-    return math.exp(brentq(slope, *ends, xtol=1e-4))
+    return math.exp(brentq(slope, *ends, xtol=1e-3))
