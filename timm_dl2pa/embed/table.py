@@ -103,7 +103,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
             # Cloned, because the file's tensors are views at arbitrary offsets.
             tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
             about = json.loads((file.metadata() or {}).get('about', '{}'))
-        names, label_names = (json.loads(bytes(tensors[name].tolist())) for name in ('names', 'label_names'))
+        names, label_names = (json.loads(tensors[name].numpy().tobytes()) for name in ('names', 'label_names'))
         embeddings, labels = tensors['embeddings'], tensors['labels']
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f'{path} is not an intact file of timm-dl2pa embed: {error}.') from None
