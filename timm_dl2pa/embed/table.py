@@ -113,4 +113,6 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
             or not len(names) == len(embeddings) == len(labels) == labels.numel() \
             or bool(((labels < -1) | (labels >= len(label_names))).any()):
         raise ValueError(f'{path} is not an intact file of timm-dl2pa embed: its parts do not fit one another.')
+    if not bool(embeddings.isfinite().all()):
+        raise ValueError(f'{path} is not an intact file of timm-dl2pa embed: it has embeddings that are not finite.')
     return Embeddings(embeddings, labels, names, label_names, about)
