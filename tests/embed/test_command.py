@@ -201,6 +201,14 @@ def test_names_of_other_encodings(tmp_path, images):
     assert read_embeddings(tmp_path / 'e.safetensors').names == found.names
 
 
+def test_links_are_followed_but_not_in_a_circle(images, tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'a.png').write_bytes((images / 'lone.png').read_bytes())
+    (images / 'linked').symlink_to(tmp_path / 'elsewhere')
+    (images / 'set' / 'back').symlink_to(images)
+    assert list_images(images).names[:2] == ['linked/a.png', 'lone.png'] and len(list_images(images).names) == 7
+
+
 class OnMaps(torch.nn.Module):
     """A classifier on maps, whose logits are averaged over the places."""
 
@@ -233,6 +241,15 @@ def test_one_embedding_an_image_that_ranks_as_the_averaged_logits(make):
     assert rows.shape == (20, 3) and torch.allclose(rows.norm(dim=1), torch.ones(20), atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model.head.nearest(rows)[1].squeeze(1), model(images).argmax(1))
+
+
+def test_embeddings_that_are_not_finite_are_an_error():
+    with torch.random.fork_rng(devices=[]):
+        model = OnMaps().eval()
+    images = torch.randn(3, 4, 2, 2)
+    images[1] = torch.nan
+    with pytest.raises(ValueError, match='1 of 3 embeddings of a batch are not finite'):
+        list(embed_batches(model, [(images, torch.zeros(3))], torch.device('cpu')))
 
 
 def test_of_several_heads_the_main_one_embeds():

@@ -131,6 +131,13 @@ def test_classes_go_by_their_names(data, tmp_path):
     assert renamed['top1'] == pytest.approx(100 * (logits.argmax(1) == index).double().mean().item(), abs=0.01)
 
 
+def test_other_names_go_by_their_order_and_the_output_says_so(data, tmp_path, capsys):
+    metrics = evaluate(colour_model(tmp_path / 'model', ['x', 'y', 'z']), data, tmp_path / 'out')
+    note, = metrics['notes']
+    assert 'other names for the classes than the model (blue, not x)' in note and note in capsys.readouterr().out
+    assert note in (tmp_path / 'out' / 'report.html').read_text() and list(metrics['classes']) == ['x', 'y', 'z']
+
+
 def test_a_part_of_the_classes(model, data, tmp_path):
     (tmp_path / 'some').mkdir()
     for name in ('green', 'red'):

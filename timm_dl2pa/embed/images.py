@@ -45,7 +45,7 @@ def list_images(folder: str | os.PathLike) -> ImageList:
         raise FileNotFoundError(f'{root}: no such folder.')
     names = []
     for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
+        folders[:] = [name for name in folders if not name.startswith('.') and not _leads_back(Path(parent) / name)]
         names += [(Path(parent) / name).relative_to(root).as_posix() for name in files
                   if is_image_file(name) and not name.startswith('.')]
     if not names:
@@ -55,3 +55,8 @@ def list_images(folder: str | os.PathLike) -> ImageList:
     label_names = sorted({parent for parent in parents if parent})
     index = {name: number for number, name in enumerate(label_names)}
     return ImageList(root, names, [index.get(parent, -1) for parent in parents], label_names)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Return whether a folder is a link to one that it lies in, which would never end."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())

@@ -67,6 +67,9 @@ def embed_batches(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
 
     Yields:
         Embeddings (B, d) float32 and labels (B,), on the CPU.
+
+    Raises:
+        ValueError: An embedding is not finite.
     """
     head, model = heads_of(model)[0], model.eval()
     heard: list[torch.Tensor] = []
@@ -78,6 +81,11 @@ def embed_batches(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
             embeddings = heard[0].flatten(2).mean(dim=2) if head.channels_first else heard[0]
             if embeddings.ndim > 2:
                 embeddings = embeddings.flatten(1, -2).mean(dim=1)
-            yield unit_embeddings(embeddings).cpu(), labels
+            embeddings = unit_embeddings(embeddings).cpu()
+            bad = int((~embeddings.isfinite().all(dim=1)).sum())
+            if bad:
+                raise ValueError(f'{bad} of {len(embeddings)} embeddings of a batch are not finite: the model, or an '
+                                 f'image, is damaged.')
+            yield embeddings, labels
     finally:
         hook.remove()

@@ -111,8 +111,13 @@ def run_evaluate(
         labels = torch.tensor(places)[labels]
     _check_labels(labels, head.num_classes)
     measures = measure(head, embeddings, labels, queries=queries, voters=neighbours, seed=seed)
-    notes = [f'The model averages the logits of {len(heads)} heads: these are the measures of the main one alone.'] \
-        if len(heads) > 1 else []
+    notes = []
+    if len(heads) > 1:
+        notes.append(f'The model averages the logits of {len(heads)} heads: these are the measures of the main one '
+                     f'alone.')
+    if own_names and images.names and places is None:
+        notes.append(f'The data have other names for the classes than the model ({images.names[0]}, not '
+                     f'{own_names[0]}): the classes were taken in their order.')
     _print(measures, names, notes)
     metrics = {**as_json(measures, names), 'notes': notes, 'settings': settings,
                'versions': {'timm_dl2pa': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm.data
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from ..finetune.images import Images
@@ -77,7 +78,7 @@ def open_images(
     reader = getattr(dataset, 'reader', None)
     names = getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
     title = Path(data).resolve().name if is_folder else data
-    if is_folder and hasattr(reader, 'samples') and not hasattr(reader, 'tarfiles') and class_map is None:
+    if isinstance(reader, ReaderImageFolder) and class_map is None:
         # An image that cannot be read is an error, not another image; hidden folders are no classes.
         visible = {index: name for name, index in reader.class_to_idx.items() if not name.startswith('.')}
         places = {index: place for place, index in enumerate(visible)}

@@ -8,6 +8,8 @@ from .measure import Measures
 __all__ = ['Section', 'as_json', 'percent', 'sections']
 
 _MOST_ROWS = 10
+# Of confusions, in JSON: at a million images there may be as many.
+_MOST_CONFUSIONS = 10_000
 # A title, the columns, the rows, and a sentence below.
 Section = tuple[str, Sequence[str], list[Sequence[Any]], str]
 
@@ -37,7 +39,7 @@ def as_json(measures: Measures, names: Sequence[str]) -> dict[str, Any]:
             'error_after': percent(calibration.after.error), 'bins_before': _bins(calibration.before),
             'bins_after': _bins(calibration.after)},
         'confusions': [{'class': names[label], 'predicted': names[predicted], 'images': count}
-                       for label, predicted, count in measures.confused],
+                       for label, predicted, count in measures.confused[:_MOST_CONFUSIONS]],
         'near_prototypes': near and {
             'neighbours': measures.neighbours, 'errors': near.errors, 'errors_to_neighbours': near.near,
             'share': None if near.share is None else percent(near.share), 'share_by_chance': percent(near.by_chance)},
