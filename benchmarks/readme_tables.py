@@ -459,6 +459,51 @@ def wire(record: dict[str, Any]) -> str:
                   '`placed`, after it, MB'], lines)
 
 
+# --- unknown classes, and classes left out
+
+_FROZEN = {'features': 'the features themselves', 'pca': 'their principal components', 'linear': '`nn.Linear`',
+           'cosine': 'cosine softmax', 'arcface': 'ArcFace', 'proxy_anchor': 'ProxyAnchor', 'static': 'static',
+           'even': '`even`', 'placed': '`placed`'}
+_SCORES = {'probability': 'maximum probability', 'logit': 'largest logit', 'energy': 'energy',
+           'cosine': 'largest cosine', 'gap': 'gap to the second'}
+
+
+def unknown_classes(record: dict[str, Any]) -> str:
+    """AUROC and FPR95 of each score, near and far."""
+    rows, lines = record['results'], []
+    order = list(_FROZEN)
+    for method, dim in sorted({(row['method'], row['dim'] or 0) for row in rows},
+                              key=lambda pair: (order.index(pair[0]), pair[1])):
+        mine = [row for row in rows if (row['method'], row['dim'] or 0) == (method, dim)]
+        for score in mine[0]['scores']:
+            cells = [_mean_and_spread([row['scores'][score][column] for row in mine])
+                     for column in ('auroc_near', 'fpr95_near', 'auroc_far', 'fpr95_far')]
+            lines.append([f'{_FROZEN[method]}, {_SCORES[score]}', dim or '-', *cells,
+                          _mean_and_spread([row['top1'] for row in mine]), len(mine)])
+    return table(['classifier and score', 'd', 'AUROC, near', 'FPR95, near', 'AUROC, far', 'FPR95, far',
+                  'top-1, known', 'seeds'], lines)
+
+
+def retrieval(record: dict[str, Any]) -> str:
+    """Recall@1 and mAP@R of classes left out, at the learning rate that is best for the classes that were trained."""
+    rows, lines = record['results'], []
+    order = list(_FROZEN)
+    for data, dim, method in sorted({(row['data'], row['dim'] or 0, row['method']) for row in rows},
+                                    key=lambda key: (key[0], key[1], order.index(key[2]))):
+        mine = [row for row in rows if (row['data'], row['dim'] or 0, row['method']) == (data, dim, method)]
+
+        def trained(rate: float | None, mine: list[dict[str, Any]] = mine) -> float:
+            return mean(row['recall_at_1_trained'] for row in mine if row['rate'] == rate)
+
+        rate = max({row['rate'] for row in mine}, key=trained)
+        best = [row for row in mine if row['rate'] == rate]
+        lines.append([f'{data}, {_FROZEN[method]}', dim or '-', *(
+            _mean_and_spread([row[column] for row in best])
+            for column in ('recall_at_1_new', 'map_at_r_new', 'recall_at_1_trained')), rate or '-', len(best)])
+    return table(['data and method', 'd', 'recall@1, new classes', 'mAP@R, new classes', 'recall@1, trained classes',
+                  'learning rate', 'seeds'], lines)
+
+
 # Those that are made from something else than a file of their own name.
 _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 
@@ -467,6 +512,7 @@ _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
                       assignment, assignment_large, gpu, suite, many_classes),
     'many-classes.md': (wire,),
+    'embeddings.md': (retrieval, unknown_classes),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
 }

@@ -9,19 +9,22 @@ import pytest
 
 import timm_dl2pa
 from tests.helpers.processes import run
-from timm_dl2pa.cli import main, make_parser
+from timm_dl2pa.cli import main
 from timm_dl2pa.demo import run_demo
+from timm_dl2pa.embed.command import run_embed
+from timm_dl2pa.evaluate.command import run_evaluate
 from timm_dl2pa.finetune import run_finetune
 from timm_dl2pa.finetune.command import default_dim, default_rate
 from timm_dl2pa.flags import read_flags
+from timm_dl2pa.parsers import make_parser
 from timm_dl2pa.prototypes import METHODS, OBJECTIVES
 from timm_dl2pa.prototypes.report import report_prototypes
 from timm_dl2pa.timm_scripts.conversion import fold_checkpoint, push_checkpoint
 from timm_dl2pa.timm_scripts.inspection import inspect_checkpoint
 
 COMMANDS = list(make_parser()[1])
-CALLED = {'demo': run_demo, 'finetune': run_finetune, 'inspect': inspect_checkpoint, 'prototypes': report_prototypes,
-          'fold': fold_checkpoint, 'push': push_checkpoint}
+CALLED = {'demo': run_demo, 'finetune': run_finetune, 'evaluate': run_evaluate, 'embed': run_embed,
+          'inspect': inspect_checkpoint, 'prototypes': report_prototypes, 'fold': fold_checkpoint, 'push': push_checkpoint}
 STARTS = [[str(Path(sys.executable).parent / 'timm-dl2pa')], [sys.executable, '-m', 'timm_dl2pa']]
 HEAVY = ('torch', 'timm', 'scipy', 'numpy', 'tqdm', 'huggingface_hub')
 

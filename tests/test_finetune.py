@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import timm_dl2pa
+from tests.helpers.image_folders import COLOURS, make_colours
 from timm_dl2pa import cli
 from timm_dl2pa.finetune import command, run_finetune, training
 from timm_dl2pa.finetune.backbone import keep_statistics, make_backbone
@@ -21,27 +22,12 @@ from timm_dl2pa.prototypes.nearest import nearest_pairs
 
 pytestmark = pytest.mark.timm
 
-COLOURS = {'blue': (40, 60, 200), 'green': (40, 200, 60), 'red': (200, 50, 40)}
 SMALL = ['--model', 'test_resnet', '--image-size', '32', '--batch-size', '8', '--workers', '0', '--device', 'cpu']
-
-
-def make_images(root, parts=('train', 'val'), count=10):
-    """Noisy images of one colour each, which stand in folders by colour."""
-    generator = torch.Generator().manual_seed(0)
-    for part in parts:
-        for name, colour in COLOURS.items():
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                noise = torch.randint(-40, 40, (40, 40, 3), generator=generator)
-                pixels = (torch.tensor(colour) + noise).clamp(0, 255).to(torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f'{number}.png')
-    return root
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp('images'))
+    return make_colours(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture(scope='module')
@@ -92,7 +78,7 @@ def test_from_pretrained_weights(data, weights, tmp_path, capsys):
 
 def test_from_random_weights_on_one_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, 'prime', None)  # random features say nothing of the classes
-    data = make_images(tmp_path / 'data', parts=[''])
+    data = make_colours(tmp_path / 'data', parts=[''])
     metrics = finetune(data, tmp_path / 'out', '--no-pretrained', '--epochs', 1)
     assert metrics['images'] == {'train': 24, 'validation': 6, 'held_out': True}
     assert metrics['primed_top1_left_out'] is None and metrics['settings']['lr'] == 1e-3
@@ -276,20 +262,20 @@ def test_a_loss_that_is_not_finite(data, weights, tmp_path, capsys):
     (lambda root: (root / 'train').rename(root / 'training'), 'has a folder val/'),
 ])
 def test_folders_that_will_not_do(tmp_path, change, message):
-    change(make_images(tmp_path, count=1))
+    change(make_colours(tmp_path, count=1))
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         find_images(tmp_path)
     assert message in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
-    make_images(tmp_path, parts=['train'], count=1)
+    make_colours(tmp_path, parts=['train'], count=1)
     with pytest.raises(ValueError, match='blue has one image, of which none can be held out'):
         find_images(tmp_path)
 
 
 def test_hidden_files_are_no_images(tmp_path):
-    make_images(tmp_path, count=2)
+    make_colours(tmp_path, count=2)
     (tmp_path / 'train' / '.ipynb_checkpoints').mkdir()
     (tmp_path / 'train' / 'red' / '._0.png').write_bytes(b'resource fork')
     found = find_images(tmp_path)
@@ -298,7 +284,7 @@ def test_hidden_files_are_no_images(tmp_path):
 
 @pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_unreadable_image_is_named(tmp_path, weights, capsys, workers):
-    make_images(tmp_path, count=2)
+    make_colours(tmp_path, count=2)
     bad = tmp_path / 'val' / 'red' / '1.png'
     bad.write_bytes(bad.read_bytes()[:200])
     said = error_of(tmp_path, '--weights', weights, '--output', tmp_path / 'out', '--workers', workers, capsys=capsys)
@@ -399,7 +385,7 @@ def test_the_page_on_fine_tuning(tmp_path, monkeypatch, weights):
     for written, smaller in (('epochs = 20', 'epochs = 2'), ('batch_size=64', 'batch_size=8')):
         assert written in block
         block = block.replace(written, smaller)
-    make_images(tmp_path / 'pets', parts=['train'])
+    make_colours(tmp_path / 'pets', parts=['train'])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, 'create_model', small_model(timm.create_model, weights))
     names = {}

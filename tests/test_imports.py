@@ -11,10 +11,10 @@ import timm_dl2pa
 # From the lowest to the highest. A room is a sub-package or a module.
 ROOMS = [
     'version', 'values', 'distributed', 'prototypes', 'assignment', 'recipes', 'options', 'flags', 'files', 'head',
-    'losses', 'scheduling', 'models', 'timm_scripts', 'integrations',
+    'evaluation', 'losses', 'scheduling', 'models', 'timm_scripts', 'integrations',
 ]
 # These see everything, and nothing else sees them.
-DOORS = ['cli', 'demo', 'finetune', 'plugin', '__main__', '__init__']
+DOORS = ['cli', 'demo', 'embed', 'evaluate', 'finetune', 'parsers', 'plugin', '__main__', '__init__']
 PACKAGE = 'timm_dl2pa'
 
 

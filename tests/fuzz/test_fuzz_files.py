@@ -21,6 +21,8 @@ from timm_dl2pa import (
     wrap_dl2pa,
 )
 from timm_dl2pa.assignment import check_assignment
+from timm_dl2pa.embed import Embeddings, read_embeddings
+from timm_dl2pa.embed.table import write_embeddings
 from timm_dl2pa.prototypes import check_prototypes
 from timm_dl2pa.prototypes import make as make_module
 
@@ -105,6 +107,21 @@ def test_prototype_files(tmp_path):
     def load(content):
         (tmp_path / 'bad').write_bytes(content)
         check_prototypes(load_prototypes(tmp_path / 'bad'))
+
+    assert fuzz(lambda random: damaged_safetensors(good, random), load, (ValueError,)) > 20
+
+
+def test_embeddings_files(tmp_path):
+    write_embeddings(tmp_path / 'good', Embeddings(torch.randn(4, 3), torch.tensor([0, 1, 1, -1]),
+                                                   [f'{name}.png' for name in 'abcd'], ['x', 'y'], {'dim': 3}))
+    good = (tmp_path / 'good').read_bytes()
+
+    def load(content):
+        (tmp_path / 'bad').write_bytes(content)
+        found = read_embeddings(tmp_path / 'bad')
+        assert found.embeddings.ndim == 2 and found.embeddings.isfinite().all()
+        assert len(found.names) == len(found.labels) == len(found.embeddings)
+        assert all(-1 <= label < len(found.label_names) for label in found.labels.tolist())
 
     assert fuzz(lambda random: damaged_safetensors(good, random), load, (ValueError,)) > 20
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..evaluation import class_counts
+from ..evaluation import confusions as confused_pairs
 from ..prototypes.nearest import nearest_pairs
 from .training import Evaluation
 
@@ -20,15 +22,12 @@ _EQUAL = 0.5
 
 def confusions(evaluation: Evaluation) -> list[tuple[int, int, int]]:
     """Return the pairs (class, predicted class, number of images) that differ, the most frequent first."""
-    pairs = Counter(zip(evaluation.labels.tolist(), evaluation.predictions.tolist()))
-    return sorted(((label, predicted, count) for (label, predicted), count in pairs.items() if label != predicted),
-                  key=lambda row: (-row[2], row))
+    return confused_pairs(evaluation.labels, evaluation.predictions)
 
 
 def per_class(evaluation: Evaluation, num_classes: int) -> list[tuple[int, int]]:
     """Return the number of right predictions and the number of images of each class."""
-    images = torch.bincount(evaluation.labels, minlength=num_classes)
-    right = torch.bincount(evaluation.labels[evaluation.labels == evaluation.predictions], minlength=num_classes)
+    right, images = class_counts(evaluation.predictions, evaluation.labels, num_classes)
     return list(zip(right.tolist(), images.tolist()))
 
 
