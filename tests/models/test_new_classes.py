@@ -115,7 +115,7 @@ def test_several_sessions_and_loaders_give_the_same_as_one(head):
         add_classes(head, (x[labels == label], torch.zeros(12, dtype=torch.int64)), 1)
     add_classes(other, [{'pixel_values': x[::2], 'labels': labels[::2]}, (x[1::2], labels[1::2])], NEW)
     assert torch.allclose(head.class_prototypes, other.class_prototypes, atol=1e-6)
-    with pytest.raises(ValueError, match='num_prototypes=13 exceeds num_classes=11.*num_prototypes=14'):
+    with pytest.raises(ValueError, match=r'num_prototypes=13 exceeds num_classes=11.*num_prototypes=14'):
         add_classes(head, new_samples, NEW)
     assert head.num_classes == OLD + NEW
 
@@ -123,7 +123,7 @@ def test_several_sessions_and_loaders_give_the_same_as_one(head):
 def test_the_optimiser_goes_on_and_an_old_scheduler_is_refused(head):
     head.train()
     scheduler = AssignmentScheduler(head, interval=1)
-    with pytest.raises(ValueError, match='warm-up .* is under way'):
+    with pytest.raises(ValueError, match=r'warm-up .* is under way'):
         add_classes(head, new_samples, NEW)
     scheduler.skip_warmup()
     optimizer = torch.optim.SGD(head.parameters(), 0.1)
@@ -133,7 +133,7 @@ def test_the_optimiser_goes_on_and_an_old_scheduler_is_refused(head):
     assert head.training and {id(p) for p in head.parameters()} == {id(p) for p in optimizer.param_groups[0]['params']}
     head(x)
     for call in (lambda: scheduler.step(labels), scheduler.resolve_if_due):
-        with pytest.raises(RuntimeError, match='has 11 classes, .* had 8: make a new one after add_classes'):
+        with pytest.raises(RuntimeError, match=r'has 11 classes, .* had 8: make a new one after add_classes'):
             call()
     again = AssignmentScheduler(head, interval=1, warmup='none')
     for _ in range(2):
@@ -152,7 +152,7 @@ REFUSED = {
     'no old names': (dict(names=['a', 'b', 'c']), 'no names of its 8 classes.*names=3'),
     'no sample of a class': (dict(names=4), 'no usable sample of 1 of the 4 new classes .*label 3'),
     'labels of all classes': (dict(data=(new_samples[0], new_samples[1] + OLD)), 'from 0, .* not 8.*subtract'),
-    'labels of a kind': (dict(data=(new_samples[0], new_samples[1].float())), 'class indices .int64., not torch.float32'),
+    'labels of a kind': (dict(data=(new_samples[0], new_samples[1].float())), 'indices .int64., not torch.float32'),
     'soft labels': (dict(data=(new_samples[0], torch.full((36, 3), 1 / 3))), 'class indices .B,., not .*36, 3'),
     'few labels': (dict(data=(new_samples[0], new_samples[1][:-1])), 'has 36 features and 35 labels'),
     'images': (dict(data=(torch.zeros(36, 3, 8, 8), new_samples[1])), r'\[\(images, labels\)\]'),

@@ -74,8 +74,8 @@ class DL2PAConfig:
         own_prototypes: Whether the prototypes were given or moved, rather than made from the seed (see
             `first_prototypes`).
         recipe: 'placed', 'even' or 'paper'.
-        pinned: Whether prototypes and assignment stay as they are, as those that another model has too: no warm-up moves
-            them, no re-solve, and not `prime`.
+        pinned: Whether prototypes and assignment stay as they are, because another model has them too: no warm-up
+            changes them, no re-solve and no `prime`.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or two exclude each other.

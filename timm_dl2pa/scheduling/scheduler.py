@@ -57,8 +57,8 @@ class AssignmentScheduler:
         ignore_index: The label of samples that are left out, as in torch's losses.
 
     Raises:
-        ValueError: The model has no DL2PA head, its heads differ, an argument is out of range, or the head is pinned and
-            a warm-up or re-solves are asked for.
+        ValueError: The model has no DL2PA head, its heads differ, an argument is out of range, or the head is pinned
+            and a warm-up or re-solves are asked for.
 
     Example:
         >>> scheduler = AssignmentScheduler(model, interval=len(loader), total=20 * len(loader))
