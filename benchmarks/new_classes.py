@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from finetune_data import CACHE, Features, Pixels, features_of, load_backbone, load_data
 from results_file import Runs, add_output_argument, read_results
@@ -42,7 +43,7 @@ METHODS = (*WITHOUT_HEAD, 'neck_mean', 'simplex',
            *(f'{recipe}_{place}{tuned}' for recipe in ('even', 'placed') for place in ('mean', 'free')
              for tuned in ('', _TUNED)))
 BASE, WAYS, SHOTS = 60, 5, 5
-_EPOCHS, _BATCH, _RATE, _DECAY = 15, 64, 1e-3, 0.05
+_BATCH, _RATE, _DECAY = 64, 1e-3, 0.05
 _STEPS, _TUNED_BATCH, _TUNED_RATE = 20, 128, 1e-3
 
 
@@ -102,19 +103,28 @@ def _trained(recipe: str, dim: int, seed: int, sessions: Sessions) -> DL2PAHead:
                      recipe='even' if fixed else recipe)
     if fixed:
         head.assign(torch.randperm(sessions.num_classes)[:BASE])
+    fit(head, x, y, stop=0 if fixed else None)
+    return head
+
+
+def fit(classifier: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epochs: int = 15, **options: Any) -> None:
+    """Train a classifier of features (N, F) with labels (N,); one with a head by a scheduler with these options."""
     epoch = len(x) // _BATCH
-    scheduler = AssignmentScheduler(head, interval=epoch, total=_EPOCHS * epoch, stop=0 if fixed else None)
-    optimizer = torch.optim.AdamW(head.parameters(), _RATE, weight_decay=_DECAY)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_EPOCHS * epoch)
-    head.train()
-    for rows in (rows for _ in range(_EPOCHS) for rows in torch.randperm(len(x)).split(_BATCH)[:epoch]):
-        F.cross_entropy(head(x[rows]), y[rows]).backward()
+    has_head = isinstance(classifier, DL2PAHead)
+    scheduler = AssignmentScheduler(classifier, interval=epoch, total=epochs * epoch, **options) if has_head else None
+    optimizer = torch.optim.AdamW(classifier.parameters(), _RATE, weight_decay=_DECAY)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * epoch)
+    classifier.train()
+    for rows in (rows for _ in range(epochs) for rows in torch.randperm(len(x)).split(_BATCH)[:epoch]):
+        F.cross_entropy(classifier(x[rows]), y[rows]).backward()
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
-        scheduler.step(y[rows])
-    scheduler.skip_warmup()
-    return head.eval()
+        if scheduler is not None:
+            scheduler.step(y[rows])
+    if scheduler is not None:
+        scheduler.skip_warmup()
+    classifier.eval()
 
 
 def tune(head: DL2PAHead, memory: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> None:
@@ -229,10 +239,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_features(arrays: str, weights: Path, folder: Path) -> Features:
-    images = load_data('cifar100:100', arrays=arrays, size=96, seed=0, test_images=100)
-    backbone = load_backbone('tf_efficientnet_lite0', weights, images.num_classes)
-    return features_of(backbone, images, Pixels(backbone, 96), cache=folder)
+def load_features(arrays: str, weights: Path, folder: Path, model: str = 'tf_efficientnet_lite0', size: int = 96
+                  ) -> Features:
+    """Return a pretrained backbone's features of 100 training images a class of CIFAR-100, and of all test images."""
+    images = load_data('cifar100:100', arrays=arrays, size=size, seed=0, test_images=100)
+    backbone = load_backbone(model, weights, images.num_classes)
+    return features_of(backbone, images, Pixels(backbone, size), cache=folder)
 
 
 def main() -> None:
