@@ -1,7 +1,6 @@
 """Do a new model's queries find the embeddings that an old model left in a gallery? Recall@1 of old and new together.
 
     python benchmarks/compatible.py --arrays CIFAR100 --weights LITE0 --new-weights LITE1   # all that is not there yet
-    python benchmarks/compatible.py --table                                                 # of what is there
 
 Backbones are EfficientNet-Lite0 and Lite1, pretrained on ImageNet and frozen; features of CIFAR-100. The old model's
 neck is trained on 20 images of each of the classes 0-79, the new one's on 100. Recall@1, of test images: of the 80
@@ -16,7 +15,6 @@ linear          each trained alone: linear neck with batch norm to the same d, n
 """
 import argparse
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ import torch.nn as nn
 from finetune_data import CACHE, Features
 from finetune_methods import embed
 from new_classes import fit, load_features
-from results_file import Runs, add_output_argument, read_results
+from results_file import Runs, add_output_argument
 
 from timm_dl2pa import wrap_dl2pa
 
@@ -93,17 +91,6 @@ def run(setting: Setting, old: Features, new: Features) -> dict[str, Any]:
             'cpu_seconds': round(time.process_time() - began, 1)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a table of recall@1, the means over seeds."""
-    columns = [f'{group}_{pair}' for group in ('trained', 'left_out') for pair in ('old_old', 'new_old', 'new_new')]
-    lines = ['| pair | method | ' + ' | '.join(columns) + ' |', '| --- | --- |' + ' ---: |' * len(columns)]
-    for pair, method in dict.fromkeys((row['pair'], row['method']) for row in rows):
-        own = [row for row in rows if (row['pair'], row['method']) == (pair, method)]
-        lines.append(f'| {pair} | {method} | '
-                     + ' | '.join(f'{statistics.mean(row[name] for row in own):.1f}' for name in columns) + ' |')
-    return '\n'.join(lines)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arrays', help="the folder with CIFAR-100's npz files")
@@ -113,7 +100,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--cache', type=Path, default=CACHE, help='folder of features')
-    parser.add_argument('--table', action='store_true', help='print the table of what is there')
     add_output_argument(parser)
     return parser
 
@@ -121,9 +107,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(1)
-    if args.table:
-        print(table(read_results(NAME, args.output)))
-        return
     runs = Runs(NAME, Setting, args.output)
     weights = {'lite0': args.weights, 'lite1': args.new_weights}
     places = dict.fromkeys(itertools.chain.from_iterable(PAIRS[pair] for pair in args.pairs))

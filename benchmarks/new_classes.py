@@ -1,7 +1,6 @@
 """New classes later: accuracy over all classes so far, after each of eight sessions of five classes with five images.
 
     python benchmarks/new_classes.py --arrays CIFAR100 --weights FILE       # all that is not there yet
-    python benchmarks/new_classes.py --table                                # of what is there
 
 The protocol of NC-FSCIL (Yang et al., ICLR 2023) on CIFAR-100: the classes 0-59 are trained, then 60-64 are added,
 65-69 and so on. The backbone is EfficientNet-Lite0, pretrained on ImageNet, and stays frozen: its features, at 96
@@ -20,7 +19,6 @@ paper's memory. Batch norm stays in evaluation mode.
 """
 import argparse
 import itertools
-import statistics
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -32,9 +30,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from finetune_data import CACHE, Features, Pixels, features_of, load_backbone, load_data
-from results_file import Runs, add_output_argument, read_results
+from results_file import Runs, add_output_argument
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, add_classes
+from timm_dl2pa.head import free_prototypes
+from timm_dl2pa.prototypes.spare import spread_spare
 
 NAME = 'new_classes'
 WITHOUT_HEAD = ('nearest_mean', 'nearest_cosine')
@@ -173,12 +173,14 @@ def run(setting: Setting, sessions: Sessions) -> dict[str, Any]:
                      for session in range(number + 1)]
         return {'top1': _rounded(found), 'cpu_seconds': round(time.process_time() - began, 1)}
     head = _copy(head)
+    nearest = nearest_cosines(head) if setting.method.endswith('_free') else {}
     found = [_top1(head, sessions)]
     for session in range(number):
         x, labels = sessions.of(session)
         add_classes(head, (x, labels), WAYS, place=place or 'free')
         if recipe == 'simplex':  # not by their means
-            head.assign(torch.cat([head.assignment[:-WAYS], _spare_at_random(head)]))
+            spare = torch.cat([head.assignment[-WAYS:], free_prototypes(head)])
+            head.assign(torch.cat([head.assignment[:-WAYS], spare[torch.randperm(len(spare))[:WAYS]]]))
         if recipe == 'simplex' or setting.method.endswith(_TUNED):
             tune(head, sessions.means(session), x, labels)
         found.append(_top1(head, sessions))
@@ -186,15 +188,18 @@ def run(setting: Setting, sessions: Sessions) -> dict[str, Any]:
     with torch.no_grad():
         right = (head(test).argmax(dim=1) == sessions.y_test).float()
     return {'top1': _rounded(found), 'top1_of_base': round(100 * float(right[is_base].mean()), 2),
-            'top1_of_new': round(100 * float(right[~is_base].mean()), 2),
+            'top1_of_new': round(100 * float(right[~is_base].mean()), 2), **nearest,
             'cpu_seconds': round(time.process_time() - began, 1)}
 
 
-def _spare_at_random(head: DL2PAHead) -> torch.Tensor:
-    is_free = torch.ones(len(head.prototypes), dtype=torch.bool)
-    is_free[head.assignment[:-WAYS]] = False
-    free = is_free.nonzero().flatten()
-    return free[torch.randperm(len(free))[:WAYS]]
+def nearest_cosines(head: DL2PAHead) -> dict[str, float]:
+    """Return the mean cosine of a class's prototype with the nearest other class's, of a spare one with the nearest
+    class's, and of spare ones that are spread anew."""
+    used, spare = head.class_prototypes, free_prototypes(head)
+    anew = spread_spare(head.prototypes, spare)[spare]
+    cosines = {'used_to_used': (used @ used.t()).fill_diagonal_(-1), 'spare_to_used': head.prototypes[spare] @ used.t(),
+               'spread_to_used': anew @ used.t()}
+    return {name: round(float(value.amax(dim=1).mean()), 3) for name, value in cosines.items()}
 
 
 def _copy(head: DL2PAHead) -> DL2PAHead:
@@ -212,20 +217,6 @@ def _rounded(values: list[float]) -> list[float]:
     return [round(value, 2) for value in values]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a table: of each method the top-1 before the first session, after some, and after the last."""
-    kept = (0, 2, 4, 6, 8)
-    lines = ['| method | d | ' + ' | '.join(str(BASE + session * WAYS) for session in kept) + ' | base | new |',
-             '| --- | ---: |' + ' ---: |' * (len(kept) + 2)]
-    for method, dim in dict.fromkeys((row['method'], row['dim']) for row in rows):
-        own = [row for row in rows if (row['method'], row['dim']) == (method, dim)]
-        cells = [f'{statistics.mean(row["top1"][session] for row in own):.1f}' for session in kept]
-        cells += [f'{statistics.mean(row[name] for row in own):.1f}' if name in own[0] else '-'
-                  for name in ('top1_of_base', 'top1_of_new')]
-        lines.append('| ' + ' | '.join([method, str(dim or '-'), *cells]) + ' |')
-    return '\n'.join(lines)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arrays', help="the folder with CIFAR-100's npz files")
@@ -234,7 +225,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--dims', nargs='+', type=int, default=[32, 128])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--cache', type=Path, default=CACHE, help='folder of features')
-    parser.add_argument('--table', action='store_true', help='print the table of what is there')
     add_output_argument(parser)
     return parser
 
@@ -250,9 +240,6 @@ def load_features(arrays: str, weights: Path, folder: Path, model: str = 'tf_eff
 def main() -> None:
     args = make_parser().parse_args()
     torch.set_num_threads(1)
-    if args.table:
-        print(table(read_results(NAME, args.output)))
-        return
     runs = Runs(NAME, Setting, args.output)
     features = load_features(args.arrays, args.weights, args.cache)
     for seed in args.seeds:
