@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.processes import run_ranks
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, add_classes, load_head, load_model, prime, save_model, wrap_dl2pa
 from timm_dl2pa.head import free_prototypes
 from timm_dl2pa.prototypes.spare import spread_spare
@@ -266,3 +267,31 @@ def test_all_heads_of_a_model_get_them():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match='has no DL2PAHead: wrap it'):
         add_classes(timm.create_model('test_resnet', num_classes=3), [(IMAGES, LABELS)], 2)
+
+
+# --- several processes
+
+def _in_process(rank, folder):
+    torch.manual_seed(0)
+    head = DL2PAHead(FEATURES, OLD, DIM, num_prototypes=OLD + SPARE)
+    model = torch.nn.parallel.DistributedDataParallel(head).eval()
+    x, labels = new_samples
+    mine = labels < 1 if rank == 0 else labels >= 1  # no process has all classes
+    add_classes(model, [(x[mine], labels[mine])], NEW)
+    try:
+        add_classes(model, [(x, labels)], NEW)
+    except ValueError as error:
+        said = str(error)
+    torch.save((head.prototypes, head.assignment, model(x).shape[1], said), f'{folder}/{rank}.pt')
+
+
+@pytest.mark.slow
+def test_each_process_gives_its_part_and_all_get_the_same(tmp_path):
+    run_ranks(_in_process, str(tmp_path), folder=tmp_path)
+    (points, rows, width, said), other = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    assert torch.equal(points, other[0]) and torch.equal(rows, other[1]) and width == other[2] == OLD + NEW
+    assert said == other[3] and '2 spare prototypes' in said
+    torch.manual_seed(0)
+    alone = DL2PAHead(FEATURES, OLD, DIM, num_prototypes=OLD + SPARE).eval()
+    add_classes(alone, new_samples, NEW)
+    assert torch.allclose(alone.prototypes, points, atol=1e-6) and torch.equal(alone.assignment, rows)

@@ -72,7 +72,7 @@ def add_classes(
     wrapped = next((module for module in model.modules() if 'reset_classifier' in vars(module)), None)
     num_new, label_names = _read_names(names, heads[0], getattr(wrapped or heads[0], 'label_names', None))
     _check_room(heads[0], num_new)
-    refuse_sharded(model)
+    refuse_sharded(model, 'add_classes')
     inner = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
     inner = getattr(inner, '_orig_mod', inner)  # not what torch.compile recorded
     means = gather_new_means(inner, heads, data, num_new)

@@ -95,8 +95,9 @@ class Primer:
         if left_out:
             warnings.warn(f'{left_out} samples were left out: their features or targets are not finite.', stacklevel=3)
         if not seen.all():
+            given = 'keep theirs' if self.heads[0].config.pinned else 'get the prototypes that are left'
             warnings.warn(f'{int((~seen).sum())} of {len(seen)} classes had no images (the first is class '
-                          f'{int((~seen).nonzero()[0])}): they get the prototypes that are left.', stacklevel=3)
+                          f'{int((~seen).nonzero()[0])}): they {given}.', stacklevel=3)
         # On one process: processors differ in the last bit.
         device = self.heads[0].prototypes.device
         with torch.autocast('cpu', enabled=False), torch.autocast(device.type, enabled=False):
