@@ -131,6 +131,7 @@ def test_the_optimiser_goes_on_and_an_old_scheduler_is_refused(head):
     x, labels = samples(torch.arange(OLD + NEW))
     head(x[labels < OLD]), scheduler.step(labels[labels < OLD])
     add_classes(head, new_samples, NEW)
+    assert head.training_view.on_forward is None
     assert head.training and {id(p) for p in head.parameters()} == {id(p) for p in optimizer.param_groups[0]['params']}
     head(x)
     for call in (lambda: scheduler.step(labels), scheduler.resolve_if_due):
@@ -237,6 +238,7 @@ def test_a_model_saves_loads_and_resets_with_its_new_classes(model, tmp_path):
     # A loaded model gets classes, and is saved, too.
     loaded = load_model(folder)
     add_classes(loaded, [(IMAGES, LABELS)], ['c', 'd'])
+    assert loaded.pretrained_cfg['num_classes'] == len(loaded.pretrained_cfg['label_names']) == 12
     again = load_model(save_model(loaded, tmp_path))
     assert torch.equal(again(IMAGES), loaded(IMAGES)) and again.label_names == [*NAMES, *'abcd']
     loaded.reset_classifier(20)
