@@ -1,5 +1,4 @@
 """`wrap_dl2pa`: replaces the classifiers of a timm model by DL2PA heads."""
-import copy
 import inspect
 import os
 import warnings
@@ -11,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..files.labels import read_label_names
-from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head
+from ..head import DL2PAConfig, DL2PAHead, heads_of, load_head, taken_over
 from ..options import PREFIX, names_of
 from ..recipes import DEFAULT_RECIPE
 from ..values import checked_value
@@ -377,7 +376,7 @@ def _wrap_with_head(
     remaining = iter(heads)
 
     def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
-        copied = _taken_over(next(remaining, heads[0]), replace(config, in_features=in_features))
+        copied = taken_over(next(remaining, heads[0]), replace(config, in_features=in_features))
         return copied.to(device, dtype)
 
     model = replace_classifiers(model, make_head, config.num_classes)
@@ -387,18 +386,3 @@ def _wrap_with_head(
         warnings.warn(f'head takes {heads[0].in_features} features, and the classifier of {type(model).__name__} takes '
                       f'{widths[0]}: its neck is new, so that the model must be trained, or primed.', stacklevel=3)
     return model
-
-
-def _taken_over(head: DL2PAHead, config: DL2PAConfig) -> DL2PAHead:
-    """Return a head with prototypes, assignment and scale of another one, and its neck where that fits the config."""
-    head.settle()  # an average, as of EMA weights
-    if head.in_features == config.in_features:
-        taken = copy.deepcopy(head)
-        taken.before = nn.Identity()  # layers of the other model's classifier
-    else:
-        taken = DL2PAHead.from_config(config, head.prototypes)
-        taken.assign(head.assignment)
-        if config.learn_scale:
-            taken.log_scale.data.copy_(head.log_scale.data)
-    taken.config = config
-    return taken

@@ -6,8 +6,7 @@ from .energy import UNIFORMITY, block_rows
 
 __all__ = ['spread_spare']
 
-# Steps of the descent, and the angle of the first one in radians; they become shorter linearly. On 60 used and 40 spare
-# prototypes in 32 and 128 dimensions more steps changed no cosine by 0.01.
+# Steps of the descent, and the angle of the first one in radians; they become shorter linearly.
 _STEPS = 300
 _LONGEST = 0.05
 # The most multiply-adds of all steps: about a minute on one core.
@@ -36,7 +35,7 @@ def spread_spare(prototypes: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
         pull = torch.empty_like(points)
         for rows in block_rows(len(points), len(moved)):
             kernel = (UNIFORMITY * (points[rows] @ moved.t() - 1)).exp_()
-            kernel[torch.arange(len(kernel)), spare[rows]] = 0.0
+            kernel[torch.arange(len(kernel), device=kernel.device), spare[rows]] = 0.0
             pull[rows] = kernel @ moved
         pull -= (pull * points).sum(dim=1, keepdim=True) * points
         length = _LONGEST * (1 - step / steps)
