@@ -34,7 +34,6 @@ from results_file import Runs, add_output_argument
 
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, add_classes
 from timm_dl2pa.head import free_prototypes
-from timm_dl2pa.prototypes.spare import spread_spare
 
 NAME = 'new_classes'
 WITHOUT_HEAD = ('nearest_mean', 'nearest_cosine')
@@ -173,13 +172,12 @@ def run(setting: Setting, sessions: Sessions) -> dict[str, Any]:
                      for session in range(number + 1)]
         return {'top1': _rounded(found), 'cpu_seconds': round(time.process_time() - began, 1)}
     head = _copy(head)
-    nearest = nearest_cosines(head) if setting.method.endswith('_free') else {}
     found = [_top1(head, sessions)]
     for session in range(number):
         x, labels = sessions.of(session)
         add_classes(head, (x, labels), WAYS, place=place or 'free')
         if recipe == 'simplex':  # not by their means
-            spare = torch.cat([head.assignment[-WAYS:], free_prototypes(head)])
+            spare = torch.cat([head.assignment[-WAYS:], free_prototypes(head)]).sort().values
             head.assign(torch.cat([head.assignment[:-WAYS], spare[torch.randperm(len(spare))[:WAYS]]]))
         if recipe == 'simplex' or setting.method.endswith(_TUNED):
             tune(head, sessions.means(session), x, labels)
@@ -188,18 +186,9 @@ def run(setting: Setting, sessions: Sessions) -> dict[str, Any]:
     with torch.no_grad():
         right = (head(test).argmax(dim=1) == sessions.y_test).float()
     return {'top1': _rounded(found), 'top1_of_base': round(100 * float(right[is_base].mean()), 2),
-            'top1_of_new': round(100 * float(right[~is_base].mean()), 2), **nearest,
+            'top1_of_new': round(100 * float(right[~is_base].mean()), 2),
             'cpu_seconds': round(time.process_time() - began, 1)}
 
-
-def nearest_cosines(head: DL2PAHead) -> dict[str, float]:
-    """Return the mean cosine of a class's prototype with the nearest other class's, of a spare one with the nearest
-    class's, and of spare ones that are spread anew."""
-    used, spare = head.class_prototypes, free_prototypes(head)
-    anew = spread_spare(head.prototypes, spare)[spare]
-    cosines = {'used_to_used': (used @ used.t()).fill_diagonal_(-1), 'spare_to_used': head.prototypes[spare] @ used.t(),
-               'spread_to_used': anew @ used.t()}
-    return {name: round(float(value.amax(dim=1).mean()), 3) for name, value in cosines.items()}
 
 
 def _copy(head: DL2PAHead) -> DL2PAHead:

@@ -462,16 +462,6 @@ def new_classes(record: dict[str, Any]) -> str:
     return table(['classifier', 'd', *(f'{60 + 5 * session} classes' for session in sessions), 'base', 'new'], lines)
 
 
-def spare_prototypes() -> str:
-    """Where spare prototypes are after training, by the mean of the cosines with the nearest class's prototype."""
-    rows = [row for row in _record('new_classes')['results'] if 'spare_to_used' in row]
-    lines = [[f'`{recipe}`', dim, *(f'{mean(row[name] for row in rows if key == (row["method"], row["dim"])):.2f}'
-                                    for name in ('used_to_used', 'spare_to_used', 'spread_to_used'))]
-             for recipe in ('placed', 'even') for dim in sorted({row['dim'] for row in rows})
-             for key in [(f'{recipe}_free', dim)]]
-    return table(['recipe', 'd', 'of a class', 'of a spare prototype', 'of one that is spread anew'], lines)
-
-
 def compatible(record: dict[str, Any]) -> str:
     """Recall@1 of queries of the old or new model in a gallery of either."""
     parts = [f'{group}_{pair}' for group in ('trained', 'left_out') for pair in ('old_old', 'new_old', 'new_new')]
@@ -487,7 +477,7 @@ def compatible(record: dict[str, Any]) -> str:
 
 
 # Those that are made from something else than a file of their own name.
-_OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu, spare_prototypes)
+_OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 
 # The pages of docs/, and their tables.
 _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
@@ -495,7 +485,7 @@ _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
                       assignment, assignment_large, gpu, suite, many_classes),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
-    'new-classes.md': (new_classes, spare_prototypes),
+    'new-classes.md': (new_classes,),
     'compatible-embeddings.md': (compatible,),
 }
 
