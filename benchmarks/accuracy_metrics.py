@@ -50,11 +50,19 @@ def superclass_agreement(class_vectors: torch.Tensor, groups: torch.Tensor) -> f
     return 100 * sum(shares) / len(shares)
 
 
-def recall_at_1(embeddings: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return, in percent, how often an embedding's nearest other one, by the cosine, (N, d) is of its class (N,)."""
+def recall_at_1(embeddings: torch.Tensor, labels: torch.Tensor, gallery: torch.Tensor | None = None) -> float:
+    """Return, in percent, how often an embedding's nearest other one, by the cosine, (N, d) is of its class (N,).
+
+    Args:
+        embeddings: (N, d).
+        labels: (N,).
+        gallery: (N, d), another model's embeddings of the same images, among which the nearest is looked for. Default:
+            these.
+    """
     unit, right = F.normalize(embeddings.float(), dim=1), 0
+    others = unit if gallery is None else F.normalize(gallery.float(), dim=1)
     for first in range(0, len(unit), 1024):
-        cosines = unit[first:first + 1024] @ unit.t()
+        cosines = unit[first:first + 1024] @ others.t()
         rows = torch.arange(len(cosines), device=unit.device)
         cosines[rows, first + rows] = -2
         right += (labels[cosines.argmax(dim=1)] == labels[first:first + 1024]).sum().item()

@@ -504,6 +504,36 @@ def retrieval(record: dict[str, Any]) -> str:
                   'learning rate', 'seeds'], lines)
 
 
+def new_classes(record: dict[str, Any]) -> str:
+    """Top-1 over all classes so far, after sessions of five classes, and of base and new classes after the last."""
+    names = {'nearest_mean': 'nearest class mean, all features', 'nearest_cosine': 'the same, by the centred cosine',
+             'neck_mean': 'nearest class mean, embeddings', 'simplex': 'fixed simplex, random labels, tuned'}
+    lines, sessions = [], (0, 2, 4, 6, 8)
+    for dim, method in sorted({(row['dim'] or 0, row['method']): None for row in record['results']},
+                              key=lambda key: key[0]):
+        own = [row for row in record['results'] if (row['dim'] or 0, row['method']) == (dim, method)]
+        recipe, place, *tuned = f'{method}__'.split('_')[:3]
+        name = names.get(method) or f'`{recipe}`, `{place}`' + (', tuned' if tuned[0] else '')
+        lines.append([name, dim or '-', *(f'{mean(row["top1"][session] for row in own):.1f}' for session in sessions),
+                      *(f'{mean(row[part] for row in own):.1f}' if part in own[0] else '-'
+                        for part in ('top1_of_base', 'top1_of_new'))])
+    return table(['classifier', 'd', *(f'{60 + 5 * session} classes' for session in sessions), 'base', 'new'], lines)
+
+
+def compatible(record: dict[str, Any]) -> str:
+    """Recall@1 of queries of the old or new model in a gallery of either."""
+    parts = [f'{group}_{pair}' for group in ('trained', 'left_out') for pair in ('old_old', 'new_old', 'new_new')]
+    names = {'inherited': "`head=old`", 'simplex': 'the same fixed simplex', 'independent': 'trained alone, `placed`',
+             'linear': 'trained alone, linear'}
+    lines = []
+    for pair, method in {(row['pair'], row['method']): None for row in record['results']}:
+        own = [row for row in record['results'] if (row['pair'], row['method']) == (pair, method)]
+        lines.append([pair.replace(':', ' at ').replace(' lite', ' px, Lite').replace('lite', 'Lite') + ' px',
+                      names[method], *(f'{mean(row[part] for row in own):.1f}' for part in parts)])
+    return table(['old, new', 'head', *(f'{group}, {pair}' for group in ('trained', 'left out')
+                                        for pair in ('old/old', 'new/old', 'new/new'))], lines)
+
+
 # Those that are made from something else than a file of their own name.
 _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 
@@ -515,6 +545,8 @@ _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'embeddings.md': (retrieval, unknown_classes),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
+    'new-classes.md': (new_classes,),
+    'compatible-embeddings.md': (compatible,),
 }
 
 

@@ -22,8 +22,8 @@ __all__ = ['RESULTS', 'Runs', 'add_output_argument', 'command_line', 'environmen
 
 RESULTS = Path(__file__).parent / 'results'
 # Options whose values are paths, with what stands for these in a record; None leaves the option out.
-_PATHS = {'--data-dir': 'DATA', '--arrays': 'DATA', '--features': 'FEATURES', '--weights': 'WEIGHTS', '--output': None,
-          '--cache': None}
+_PATHS = {'--data-dir': 'DATA', '--arrays': 'DATA', '--features': 'FEATURES', '--weights': 'WEIGHTS',
+          '--new-weights': 'WEIGHTS', '--output': None, '--cache': None}
 
 
 def environment() -> dict[str, Any]:

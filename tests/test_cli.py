@@ -24,7 +24,8 @@ from timm_dl2pa.timm_scripts.inspection import inspect_checkpoint
 
 COMMANDS = list(make_parser()[1])
 CALLED = {'demo': run_demo, 'finetune': run_finetune, 'evaluate': run_evaluate, 'embed': run_embed,
-          'inspect': inspect_checkpoint, 'prototypes': report_prototypes, 'fold': fold_checkpoint, 'push': push_checkpoint}
+          'inspect': inspect_checkpoint, 'prototypes': report_prototypes, 'fold': fold_checkpoint,
+          'push': push_checkpoint}
 STARTS = [[str(Path(sys.executable).parent / 'timm-dl2pa')], [sys.executable, '-m', 'timm_dl2pa']]
 HEAVY = ('torch', 'timm', 'scipy', 'numpy', 'tqdm', 'huggingface_hub')
 

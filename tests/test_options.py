@@ -26,7 +26,7 @@ def test_the_head_takes_its_options_with_the_tables_defaults(function):
             continue  # a head alone has no default dimension
         assert parameters[name].default == DEFAULTS[name], name
     # What else they take says where the head goes, and what it is trained for.
-    others = {'self', 'model', 'head', 'num_classes', 'in_features', 'train_output', 'device', 'dtype'}
+    others = {'self', 'model', 'head', 'pinned', 'num_classes', 'in_features', 'train_output', 'device', 'dtype'}
     assert parameters.keys() - set(names_of('head')) <= others
 
 

@@ -20,6 +20,7 @@ __all__ = [
     'Schedule',
     'SquaredCosineLoss',
     'WeightedCrossEntropyLoss',
+    'add_classes',
     'align_prototypes',
     'default_scale',
     'fold_dl2pa',
@@ -58,7 +59,15 @@ if TYPE_CHECKING or not _is_the_command():
         SquaredCosineLoss,
         WeightedCrossEntropyLoss,
     )
-    from .models import fold_dl2pa, load_model, push_head_to_hub, push_model_to_hub, save_model, wrap_dl2pa
+    from .models import (
+        add_classes,
+        fold_dl2pa,
+        load_model,
+        push_head_to_hub,
+        push_model_to_hub,
+        save_model,
+        wrap_dl2pa,
+    )
     from .models.registry import dl2pa as _dl2pa  # noqa: F401  puts 'dl2pa' into timm's registry
     from .prototypes import (
         load_prototypes,

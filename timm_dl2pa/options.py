@@ -205,5 +205,6 @@ def names_of(scope: str) -> tuple[str, ...]:
 # Of the values of a head's config, in a JSON file: those of the table, and what only a made head has.
 KINDS: dict[str, tuple[type, ...]] = {
     'in_features': (int,), 'num_classes': (int,), 'train_output': (str,), 'own_prototypes': (bool,),
+    'pinned': (bool,),
     **{spec.name: spec.metadata['kinds'] for spec in fields(PluginOptions) if spec.metadata['scope'] == 'head'},
 }

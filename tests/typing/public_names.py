@@ -19,6 +19,7 @@ from timm_dl2pa import (
     Schedule,
     SquaredCosineLoss,
     WeightedCrossEntropyLoss,
+    add_classes,
     align_prototypes,
     default_scale,
     fold_dl2pa,
@@ -96,6 +97,7 @@ def models(folder: Path, images: torch.Tensor) -> None:
     assert_type(net, Net)
     assert_type(net.features(), int)
     assert_type(fold_dl2pa(net, images=images), Net)
+    assert_type(add_classes(net, (images, images), ['new'], place='free'), Net)
     made: nn.Module = wrap_dl2pa(load_model('me/model'), prototypes=folder / 'points.safetensors')
     assert_type(save_model(made, folder, label_names={0: 'cat', 1: 'dog'}), Path)
     assert_type(load_model(folder, 'cpu'), nn.Module)

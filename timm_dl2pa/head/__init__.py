@@ -2,6 +2,8 @@
 from .broadcasts import leave_out_of_broadcasts
 from .config import DL2PAConfig, TrainOutput, default_scale
 from .finding import heads_of, left_out_by_peft
+from .growth import extend_head, free_prototypes
+from .inheriting import taken_over
 from .loading import check_same_assignment, check_scale_in_file, head_prefixes
 from .module import DL2PAHead
 from .neck import NECKS, load_neck
@@ -11,7 +13,7 @@ from .view import TrainingView
 
 __all__ = ['MANY_CLASSES', 'NECKS', 'NUM_SAMPLED', 'ClassSample', 'ClassSampler', 'DL2PAConfig', 'DL2PAHead',
            'TrainOutput', 'TrainingView', 'check_same_assignment', 'check_scale_in_file', 'default_scale',
-           'first_of_each', 'head_prefixes', 'heads_of', 'leave_out_of_broadcasts', 'left_out_by_peft', 'load_head',
-           'load_neck', 'plain_tensor']
+           'extend_head', 'first_of_each', 'free_prototypes', 'head_prefixes', 'heads_of', 'leave_out_of_broadcasts',
+           'left_out_by_peft', 'load_head', 'load_neck', 'plain_tensor', 'taken_over']
 
 load_head = DL2PAHead.from_pretrained

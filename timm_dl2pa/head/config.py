@@ -75,6 +75,8 @@ class DL2PAConfig:
         own_prototypes: Whether the prototypes were given or moved, rather than made from the seed (see
             `first_prototypes`).
         recipe: 'placed', 'even' or 'paper'.
+        pinned: Whether prototypes and assignment stay as they are, because another model has them too: no warm-up
+            changes them, no re-solve and no `prime`.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or two exclude each other.
@@ -95,6 +97,7 @@ class DL2PAConfig:
     seed: int = 0
     own_prototypes: bool = False
     recipe: RecipeName = DEFAULT_RECIPE
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -135,7 +138,7 @@ class DL2PAConfig:
         """Return the config of such a head for another number of classes.
 
         A scale that was the default for the number of classes becomes the new default. Prototypes are made from the
-        seed, unless their number is given.
+        seed, unless their number is given. They are not pinned.
 
         Args:
             num_classes: C.
@@ -143,7 +146,7 @@ class DL2PAConfig:
         """
         scale = None if self.scale == default_scale(self.num_classes) else self.scale
         return replace(self, num_classes=num_classes, num_prototypes=num_prototypes, scale=scale,
-                       own_prototypes=num_prototypes is not None)
+                       own_prototypes=num_prototypes is not None, pinned=False)
 
     def first_prototypes(self) -> torch.Tensor:
         """Make the prototypes (K, d) float32 that a head of this config begins with, where none are given.

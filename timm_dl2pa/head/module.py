@@ -174,7 +174,7 @@ class DL2PAHead(SavedModule, nn.Module):
         if config.own_prototypes and prototypes is None:
             raise ValueError('this head was made with prototypes of its own: pass them as prototypes=.')
         arguments = dict(vars(config), prototypes=prototypes, **kwargs)
-        del arguments['own_prototypes']
+        del arguments['own_prototypes'], arguments['pinned']
         head = cls(**arguments)
         head.config = config
         return head

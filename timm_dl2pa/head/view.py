@@ -75,3 +75,8 @@ class TrainingView:
         if before is not None and before is not owner:
             before.leave_warmup()
             self.on_forward = None
+
+    def detach(self) -> None:
+        """Let nobody set this view, or hear of it."""
+        self.attach(None)
+        self.on_features = self.on_mode = None

@@ -1,6 +1,7 @@
 """The entry `dl2pa` in timm's registry, by which `timm.create_model` makes and loads wrapped models."""
 import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.models import PretrainedCfg, load_pretrained, register_model
 
 from ..files.labels import read_label_names
 from ..files.source import find_files
-from ..head import check_same_assignment, default_scale, head_prefixes, load_neck
+from ..head import check_same_assignment, default_scale, head_prefixes, heads_of, load_neck
 from ..options import PREFIX, names_of
 from .budget import BuildBudget
 from .model_files import SavedModel, check_backbone, check_backbone_arguments, check_model, read_model
@@ -118,6 +119,9 @@ def dl2pa(
     if load_whole_model:
         load_pretrained(model, pretrained_cfg={**cfg, 'classifier': None}, num_classes=model.num_classes,
                         in_chans=kwargs.get('in_chans', 3), filter_fn=_fit_head, cache_dir=cache_dir)
+        if repository and saved.head is not None and saved.num_classes == model.num_classes:
+            for head in heads_of(model):
+                head.config = replace(head.config, pinned=saved.head.pinned)
     else:
         for name in _SOURCE_ENTRIES:
             cfg.pop(name, None)

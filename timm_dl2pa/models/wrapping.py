@@ -1,5 +1,4 @@
 """`wrap_dl2pa`: replaces the classifiers of a timm model by DL2PA heads."""
-import copy
 import inspect
 import os
 import warnings
@@ -11,9 +10,10 @@ import torch
 import torch.nn as nn
 
 from ..files.labels import read_label_names
-from ..head import DL2PAConfig, DL2PAHead, TrainOutput, heads_of, leave_out_of_broadcasts, load_head
+from ..head import DL2PAConfig, DL2PAHead, TrainOutput, heads_of, leave_out_of_broadcasts, load_head, taken_over
 from ..options import PREFIX, names_of
 from ..recipes import DEFAULT_RECIPE, NeckName, RecipeName
+from ..values import checked_value
 from .classifiers import (
     check_classes_agree,
     check_has_classifier,
@@ -258,7 +258,8 @@ def wrap_dl2pa(
         learn_scale: bool | None = None,
         train_output: TrainOutput = 'logits',
         seed: int = 0,
-        head: DL2PAHead | str | os.PathLike[str] | None = None,
+        head: nn.Module | str | os.PathLike[str] | None = None,
+        pinned: bool | None = None,
 ) -> Model:
     """Replace the classifier of a timm model by a DL2PA head, in place.
 
@@ -288,8 +289,13 @@ def wrap_dl2pa(
         train_output: 'logits', or 'embeddings' to return unit embeddings in training mode, for a loss of this package
             with very many classes.
         seed: Seed of the prototypes, and of a random initial assignment.
-        head: A trained head, or the source of one for `load_head`: a folder or a Hub repository. It determines all
-            other arguments. With another `num_classes` its neck is kept, and prototypes and assignment are new.
+        head: A trained head, a model with one, or the source of a head for `load_head`: a folder or a Hub repository.
+            It determines all other arguments. Prototypes, assignment and scale are copied; the neck too, where it
+            takes as many features as the classifier, otherwise it is new (`prime` sets it). With another `num_classes`
+            the neck is kept, and prototypes and assignment are new.
+        pinned: Whether prototypes and assignment stay: no warm-up, no re-solve and no `prime` changes them, so that
+            embeddings remain comparable between the models that have them. Default: True where `head` is given, and
+            its prototypes are kept.
 
     Returns:
         The same model.
@@ -307,10 +313,12 @@ def wrap_dl2pa(
         8
     """
     check_has_classifier(model)
+    if pinned is not None:
+        pinned = checked_value('pinned', pinned, bool)
     if head is not None:
         options = dict(recipe=recipe, num_prototypes=num_prototypes, prototypes=prototypes, neck=neck, scale=scale,
                        learn_scale=learn_scale, train_output=train_output, seed=seed)
-        return _wrap_with_head(model, head, num_classes, dim, options)
+        return _wrap_with_head(model, head, num_classes, dim, pinned, options)
     if num_classes is None and has_no_classes(model):
         raise ValueError(f'num_classes must be given: {type(model).__name__} has no classifier.')
     first: DL2PAHead | None = None
@@ -333,6 +341,7 @@ def wrap_dl2pa(
             seed=seed,
             **factory_kwargs,
         )
+        first.config = replace(first.config, pinned=bool(pinned))
         return first
 
     return replace_classifiers(model, make_head, num_classes)
@@ -340,33 +349,44 @@ def wrap_dl2pa(
 
 def _wrap_with_head(
         model: nn.Module,
-        head: DL2PAHead | str | os.PathLike[str],
+        source: nn.Module | str | os.PathLike[str],
         num_classes: int | None,
         dim: int,
+        pinned: bool | None,
         options: dict[str, Any],
 ) -> nn.Module:
-    """Wrap a model with a trained head. Options that differ from their defaults are refused."""
+    """Wrap a model with a trained head, or with those of a model. Options that differ from their defaults are refused.
+    """
     defaults = {name: parameter.default for name, parameter in inspect.signature(wrap_dl2pa).parameters.items()}
     given = [name for name, value in options.items() if value is not defaults[name] and value != defaults[name]]
-    origin = 'head' if isinstance(head, DL2PAHead) else os.fspath(head)
-    if not isinstance(head, DL2PAHead):
-        head = load_head(head)
-    label_names = read_label_names(head.label_names, head.num_classes, 'head.label_names')
+    is_module = isinstance(source, nn.Module)
+    heads = heads_of(source) if is_module else [load_head(source)]
+    if not heads:
+        raise ValueError(f'head is a {type(source).__name__} that has no DL2PAHead: give a head, a model with one, or '
+                         f'the folder of one.')
+    head = heads[0]
+    label_names = read_label_names(getattr(source, 'label_names', None) if is_module else head.label_names,
+                                   head.num_classes, 'head.label_names')
     if dim not in (defaults['dim'], head.dim):
         given.append('dim')
     if given:
         raise ValueError(f'{", ".join(given)} cannot be given together with head, which determines it: leave it out.')
     if num_classes not in (None, head.num_classes):
-        warnings.warn(f'{origin} is a head for {head.num_classes} classes, not {num_classes}: its neck is kept, '
-                      f'its prototypes and assignment are new.', stacklevel=3)
-        head, label_names = head.with_classes(num_classes), None
+        warnings.warn(f'{"head" if is_module else os.fspath(source)} is a head for {head.num_classes} classes, not '
+                      f'{num_classes}: its neck is kept, its prototypes and assignment are new.', stacklevel=3)
+        heads, label_names = [head.with_classes(num_classes) for head in heads], None
+        pinned = bool(pinned)
+    config = replace(heads[0].config, pinned=pinned is not False)
+    remaining = iter(heads)
 
     def make_head(in_features: int, device: torch.device, dtype: torch.dtype) -> DL2PAHead:
-        if head.in_features != in_features:
-            raise ValueError(f'head takes {head.in_features} features, but the classifier of {type(model).__name__} '
-                             f'takes {in_features}: use a head that was trained on this backbone.')
-        return copy.deepcopy(head).to(device, dtype)
+        copied = taken_over(next(remaining, heads[0]), replace(config, in_features=in_features))
+        return copied.to(device, dtype)
 
-    model = replace_classifiers(model, make_head, head.num_classes)
+    model = replace_classifiers(model, make_head, config.num_classes)
     model.label_names = label_names
+    widths = [head.in_features for head in heads_of(model)]
+    if any(width != head.in_features for width, head in zip(widths, heads)):
+        warnings.warn(f'head takes {heads[0].in_features} features, and the classifier of {type(model).__name__} takes '
+                      f'{widths[0]}: its neck is new, so that the model must be trained, or primed.', stacklevel=3)
     return model

@@ -8,7 +8,7 @@ import torch.nn as nn
 from ..head import DL2PAHead, left_out_by_peft
 from ..values import real_number, whole_number
 
-__all__ = ['check_heads', 'check_numbers', 'check_scheduler_state']
+__all__ = ['check_heads', 'check_numbers', 'check_same_classes', 'check_scheduler_state', 'settled_by_pinned']
 
 
 def check_heads(model: nn.Module, heads: list[DL2PAHead]) -> list[DL2PAHead]:
@@ -34,6 +34,30 @@ def check_numbers(start: int, stop: int | None, momentum: float, ignore_index: i
             None if stop is None else whole_number('stop', stop, least=0, remedy='None never stops.'),
             real_number('momentum', momentum, 0, 1),
             whole_number('ignore_index', ignore_index))
+
+
+def settled_by_pinned(head: DL2PAHead, warmup: str | None, stop: int | None) -> tuple[str | None, int | None]:
+    """Return warm-up and stop as they were given; of a head that is pinned, those that let nothing move.
+
+    Raises:
+        ValueError: The head is pinned, and a warm-up or re-solves were asked for.
+    """
+    if not head.config.pinned:
+        return warmup, stop
+    for name, value in (('warmup', None if warmup == 'none' else warmup), ('stop', stop or None)):
+        if value is not None:
+            raise ValueError(f'{name}={value!r} would change prototypes or assignment, and those of this head are '
+                             f'pinned, as wrap_dl2pa(head=...) does: its embeddings stay comparable with those of the '
+                             f'model that the head is from. Leave {name} out; or, if nothing is to be compared, wrap '
+                             f'with pinned=False (a wrapped model: wrap_dl2pa(model, head=model, pinned=False)).')
+    return 'none', 0
+
+
+def check_same_classes(head: DL2PAHead, num_classes: int) -> None:
+    """Raise a RuntimeError if a head has got classes since a scheduler of C classes was made."""
+    if head.num_classes != num_classes:
+        raise RuntimeError(f'the model has {head.num_classes} classes, and this AssignmentScheduler was made when it '
+                           f'had {num_classes}: make a new one after add_classes.')
 
 
 def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: Any) -> None:

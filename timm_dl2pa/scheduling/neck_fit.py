@@ -60,12 +60,12 @@ class NeckMap:
         return cls(factor ** 0.5 * weight, centre, factor * variance)
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if FSDP has sharded a model: no process has the whole neck then."""
+def refuse_sharded(model: nn.Module, what: str = 'prime') -> None:
+    """Raise a ValueError if FSDP has sharded a model: no process has the whole neck then. `what` needs it."""
     for module in model.modules():
         if any(base.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for base in type(module).__mro__):
-            raise ValueError('prime needs whole parameters, and FSDP has sharded those of the model: prime it before '
-                             'fully_shard or FullyShardedDataParallel.')
+            raise ValueError(f'{what} needs whole parameters, and FSDP has sharded those of the model: call it before '
+                             f'fully_shard or FullyShardedDataParallel.')
 
 
 @torch.no_grad()

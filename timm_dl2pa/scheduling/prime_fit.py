@@ -54,15 +54,16 @@ def place_prototypes(head: DL2PAHead, discriminant: Discriminant) -> Priming:
     Elsewhere the class directions are projected onto the d directions in which they, as unit vectors, have the largest
     sum of squares. With the recipe 'placed' the projections t_c, spread by the paper's energy U (Eq. 4-5), are the
     prototypes: the least `sum_c |v_c - t_c|^2 + C U(v)`. With the others the set is rotated as a whole and assigned to
-    them (`align_prototypes`).
+    them (`align_prototypes`). Those of a pinned head stay.
 
     Args:
         head: Whose prototypes and recipe count.
         discriminant: Of its features.
     """
     prototypes, assignment = head.prototypes.cpu(), head.assignment.cpu()
-    if _is_simplex(prototypes[assignment]):
-        return Priming(assignment, prototypes, is_simplex=True)
+    is_simplex = _is_simplex(prototypes[assignment])
+    if is_simplex or head.config.pinned:
+        return Priming(assignment, prototypes, is_simplex=is_simplex)
     projected = _projected(discriminant.directions, head.dim)
     if head.config.recipe == 'placed':
         placed = prototypes.index_copy(0, assignment, _spread(F.normalize(projected, dim=1)).float())
@@ -80,13 +81,15 @@ def place_at_means(head: DL2PAHead, moments: Moments) -> Priming:
     """Return assignment and prototypes for a head without a neck, whose features are the embeddings.
 
     With the recipe 'placed' the prototypes are the directions of the class means. With the others the set is rotated as
-    a whole and assigned to them.
+    a whole and assigned to them. Those of a pinned head stay.
 
     Args:
         head: Whose prototypes and recipe count.
         moments: Of its features.
     """
     prototypes, assignment, seen = head.prototypes.cpu(), head.assignment.cpu(), moments.seen
+    if head.config.pinned:
+        return Priming(assignment, prototypes)
     means = torch.where(seen.unsqueeze(1), F.normalize(moments.means + moments.centre, dim=1), 0.0)
     if head.config.recipe != 'placed':
         return _aligned(means, prototypes)

@@ -95,8 +95,9 @@ class Primer:
         if left_out:
             warnings.warn(f'{left_out} samples were left out: their features or targets are not finite.', stacklevel=3)
         if not seen.all():
+            given = 'keep theirs' if self.heads[0].config.pinned else 'get the prototypes that are left'
             warnings.warn(f'{int((~seen).sum())} of {len(seen)} classes had no images (the first is class '
-                          f'{int((~seen).nonzero()[0])}): they get the prototypes that are left.', stacklevel=3)
+                          f'{int((~seen).nonzero()[0])}): they {given}.', stacklevel=3)
         # On one process: processors differ in the last bit.
         device = self.heads[0].prototypes.device
         with torch.autocast('cpu', enabled=False), torch.autocast(device.type, enabled=False):
@@ -171,7 +172,8 @@ def prime(
     Where modules of the backbone are in training mode and their features differ then (batch norm, dropout), each batch
     runs in both modes, and the neck serves both: so training begins where `prime` ended. The neck is long, so that
     training turns it slowly. A learned scale is set to what suits samples that are left out. The scheduler's warm-up is
-    skipped, since there is an assignment already. Nothing else is changed. The memory is O(F^2 + C F).
+    skipped, since there is an assignment already. Nothing else is changed. The memory is O(F^2 + C F). Of a pinned head
+    (`wrap_dl2pa(head=...)`) neck and scale alone are set.
 
     Args:
         model: A wrapped model (also inside DistributedDataParallel or PEFT), in the mode in which it will be trained:

@@ -10,7 +10,7 @@ from ..head import DL2PAHead, heads_of, leave_out_of_broadcasts
 from ..losses.targets import as_labels
 from ..recipes import Recipe, RecipeName, WarmupName, find_recipe
 from ..values import checked_value
-from .checks import check_heads, check_numbers, check_scheduler_state
+from .checks import check_heads, check_numbers, check_same_classes, check_scheduler_state, settled_by_pinned
 from .class_means import ClassMeans, make_class_means
 from .clock import Clock, Duration
 from .forwards import Forwards
@@ -39,6 +39,8 @@ class AssignmentScheduler:
     fall into batches or processes. In a distributed run every process must make the same calls. Of several heads the
     first is observed, and all get its assignment. A second scheduler on a model takes the place of the first.
 
+    Of a head that is pinned (`wrap_dl2pa(head=...)`) nothing changes: there is no warm-up, and no re-solve (`stop=0`).
+
     Args:
         model: A wrapped model (also inside DistributedDataParallel or torch.compile), or a head.
         interval: Number of batches between re-solves, or 'epoch' (told by `epoch_end()`), a `Schedule` or its text. A
@@ -59,7 +61,8 @@ class AssignmentScheduler:
         ignore_index: The label of samples that are left out, as in torch's losses.
 
     Raises:
-        ValueError: The model has no DL2PA head, its heads differ, or an argument is out of range.
+        ValueError: The model has no DL2PA head, its heads differ, an argument is out of range, or the head is pinned
+            and a warm-up or re-solves are asked for.
 
     Example:
         >>> scheduler = AssignmentScheduler(model, interval=len(loader), total=20 * len(loader))
@@ -81,6 +84,7 @@ class AssignmentScheduler:
         self.heads: list[DL2PAHead] = check_heads(model, heads_of(model))
         head = self.heads[0]
         self.recipe: Recipe = find_recipe(head.config.recipe if recipe is None else recipe)
+        warmup, stop = settled_by_pinned(head, warmup, stop)
         self.start, self.stop, self.momentum, self.ignore_index = check_numbers(
             start, stop, self.recipe.momentum if momentum is None else momentum, ignore_index)
         self.schedule: Schedule = Schedule.of(interval)
@@ -156,9 +160,11 @@ class AssignmentScheduler:
                 The other forwards do not count.
 
         Raises:
-            RuntimeError: No forward in training mode came since the last step, or several, and `embeddings` is None.
+            RuntimeError: No forward in training mode came since the last step, or several, and `embeddings` is None; or
+                the model has got classes since (`add_classes`).
             ValueError: The targets do not fit the embeddings, are out of range, or do not sum to one.
         """
+        check_same_classes(self.heads[0], self.class_means.num_classes)
         embeddings = self._forwards.embeddings_of(embeddings)
         targets, num_classes = as_labels(targets), self.class_means.num_classes
         check_targets(targets, embeddings, num_classes)
@@ -203,6 +209,7 @@ class AssignmentScheduler:
             ValueError: Targets were out of range or embeddings not finite (the class is named). Assignment and class
                 sums stay as they were; `class_means.reset()` drops the sums.
         """
+        check_same_classes(self.heads[0], self.class_means.num_classes)
         update = self.resolver.take(self.steps)
         self.due |= self.warming_up and self.clock.reached(self.warmup_length)
         if not self.due or self.resolver.pending is not None:

@@ -85,7 +85,8 @@ class DL2PATask(TrainingTask):
             f'{type(head).__name__} with K={len(head.prototypes)} prototypes in d={head.dim} dimensions for '
             f'{head.num_classes} classes',
             f'loss {options.loss}{loss_description}',
-            'static assignment' if options.stop == 0 else f're-solved every {scheduler.schedule}{background}, exactly',
+            'static assignment' if scheduler.stop == 0 else
+            f're-solved every {scheduler.schedule}{background}, exactly',
         ]
         if options.prime:
             parts.append(f'primed by the first {options.prime} batches')
