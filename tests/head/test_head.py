@@ -314,7 +314,7 @@ def test_compiles_whole_and_agrees_after_the_assignment_changed(make_head, gener
     head = make_head(train_output=train_output)
     compiled = torch.compile(head, fullgraph=True, backend='aot_eager')
     x, labels = torch.randn(6, 12, generator=generator), torch.arange(6)
-    scheduler = AssignmentScheduler(compiled, interval=1)
+    scheduler = AssignmentScheduler(compiled, interval=1, warmup_length=1)
     for _ in range(3):
         output = compiled(x)
         output.sum().backward()

@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from ..prototypes import unit_rows
+from .averages import digits_of
 
 __all__ = ['restore_float32']
 
@@ -22,7 +23,7 @@ def restore_float32(head: nn.Module) -> None:
                   f'MixedPrecision(buffer_dtype=...), and are rounded. They are float32 again. To keep them exact, '
                   f'leave buffer_dtype out.', stacklevel=3)
     head.prototypes.data = unit_rows(head.prototypes)
-    head.averaged_assignment.data = head.assignment.float()
+    head.averaged_assignment.data = digits_of(head.assignment)
     if not head.config.learn_scale:
         head.scale.data = torch.full_like(head.scale, head.config.scale, dtype=torch.float32)
     for layer in head.neck.modules():

@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from ..assignment import check_assignment
 from ..prototypes import check_prototypes
+from .averages import digits_of
 
 __all__ = ['extend_head', 'free_prototypes']
 
@@ -42,5 +43,5 @@ def extend_head(head: nn.Module, rows: torch.Tensor, prototypes: torch.Tensor | 
     head.training_view.detach()
     head.config = replace(head.config, num_classes=len(assignment))
     head.label_names = None
-    head.assignment, head.averaged_assignment = assignment, assignment.float()
+    head.assignment, head.averaged_assignment = assignment, digits_of(assignment)
     head.assign(assignment, prototypes)

@@ -15,7 +15,7 @@ from ..prototypes import check_prototypes, load_prototypes, unit_rows
 from ..recipes import DEFAULT_RECIPE, NeckName, RecipeName, find_recipe
 from ..values import checked_value, whole_number
 from . import numerics
-from .averages import buffer_stamps, settle_average
+from .averages import buffer_stamps, digits_of, settle_average
 from .buffers import restore_float32
 from .config import DL2PAConfig, TrainOutput
 from .loading import check_scale_in_file, check_state
@@ -36,7 +36,7 @@ class DL2PAHead(SavedModule, nn.Module):
     Buffers, both in the state dict: `prototypes` (K, d) float32, which stay float32 when the model's dtype changes, and
     `assignment` (C,) int64, the prototype of each class. `scale`, () float32, is a buffer too, or comes from the
     parameter `log_scale`, (1,), if it is learned. (FSDP2 shards no parameter without dimensions.) `averaged_assignment`
-    (C,) float32, not saved, lets averages that go over all buffers keep the assignment: see `settle_average`.
+    (4, C) float32, not saved, lets averages that go over all buffers keep the assignment: see `settle_average`.
 
     In a timm model, `before` holds the layers of timm's classifier that come before its last, linear one (most often
     none). With `channels_first`, in the place of a 1x1 convolution, maps (B, in_features, H, W) become maps of logits
@@ -149,7 +149,7 @@ class DL2PAHead(SavedModule, nn.Module):
             self.register_buffer('scale', torch.tensor(self.config.scale, device=device, dtype=torch.float32))
         self.register_buffer('prototypes', prototypes.to(device, torch.float32, copy=given))
         self.register_buffer('assignment', self._first_assignment(device))
-        self.register_buffer('averaged_assignment', self.assignment.float(), persistent=False)
+        self.register_buffer('averaged_assignment', digits_of(self.assignment), persistent=False)
         self._stamps = buffer_stamps(self)
         self.before: nn.Module = nn.Identity()
         self.channels_first = False
@@ -383,7 +383,7 @@ class DL2PAHead(SavedModule, nn.Module):
             # The seed alone does not make them again.
             self.config = replace(self.config, own_prototypes=True)
         self._replace('assignment', assignment)
-        self._replace('averaged_assignment', assignment)
+        self._replace('averaged_assignment', digits_of(self.assignment))
         self._stamps = buffer_stamps(self)
 
     @torch.no_grad()
@@ -408,7 +408,7 @@ class DL2PAHead(SavedModule, nn.Module):
             if self.training_view.compiled:  # see `_replace`
                 value = self._buffers[name] = value.clone()
             copy_from_rank_0(value)
-        self._replace('averaged_assignment', self.assignment)
+        self._replace('averaged_assignment', digits_of(self.assignment))
         self._stamps = buffer_stamps(self)
 
     def _replace(self, name: str, value: torch.Tensor) -> None:
@@ -430,7 +430,7 @@ class DL2PAHead(SavedModule, nn.Module):
         this by timm's name for it. Waits for the device."""
         if self.prototypes.is_meta:
             return
-        self.averaged_assignment = self.assignment.float()
+        self.averaged_assignment = digits_of(self.assignment)
         self._stamps = buffer_stamps(self)
         self.config = replace(self.config, own_prototypes=True)
         if not hasattr(self, 'log_scale') and not torch.equal(self.scale, self.scale.new_tensor(self.config.scale)):
@@ -487,6 +487,6 @@ class DL2PAHead(SavedModule, nn.Module):
         loaded, config = check_state(self.config, own, given, prefix)
         state_dict.update((prefix + name, value) for name, value in loaded.items())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.averaged_assignment = self.assignment.float()
+        self.averaged_assignment = digits_of(self.assignment)
         self._stamps = buffer_stamps(self)
         self.config = config
