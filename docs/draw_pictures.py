@@ -137,7 +137,7 @@ def draw_assignment(path: Path) -> None:
             axes.plot(*torch.stack([mean, place]).T, color=colour, linewidth=2)
         axes.scatter(*(0.8 * means).T, s=60, c=COLOURS, zorder=2)
         axes.scatter(*places.T, s=170, c=COLOURS, marker='*', edgecolors='black', linewidths=0.7, zorder=3)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, bbox_inches='tight')
 
 
 # ---- in three dimensions
@@ -161,7 +161,7 @@ def draw_prototypes(path: Path, moments: list[int]) -> None:
             axes.text(*(1.2 * points[digit]), str(digit), fontsize=12)
             if column == 2:
                 axes.plot(*paths[:, digit].T, color=COLOURS[digit], linewidth=1.5)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, bbox_inches='tight')
 
 
 def draw_all(folder: Path, epochs: int = 24) -> None:
@@ -172,7 +172,7 @@ def draw_all(folder: Path, epochs: int = 24) -> None:
         epochs: Length of the trainings, at least 4.
     """
     ends = [epoch * LENGTH for epoch in range(1, epochs + 1)]
-    draw_prototypes(folder / 'prototypes.png', [*range(0, ends[-1], 3), ends[-1]])
+    draw_prototypes(folder / 'prototypes.png', [0, *ends])
     draw_assignment(folder / 'assignment.png')
     # In the first epochs more happens.
     animate(folder / 'placement.gif', 'placed', sorted({*range(0, 3 * LENGTH, 5), *ends}))

@@ -68,10 +68,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pages(site):
-    """The pages of the site, by their addresses."""
-    files = sorted(site.rglob('*.html'))
-    return {f'/{file.relative_to(site).as_posix()}'.removesuffix('index.html'): Page(file.read_text(encoding='utf-8'))
-            for file in files}
+    return read_pages(site)
 
 
 @contextmanager
@@ -128,22 +125,44 @@ def faults_of(browser, folder: Path, pages: list[str], width: int) -> list[str]:
     return faults
 
 
-def test_links_and_anchors_lead_somewhere(site, pages):
+def read_pages(folder: Path) -> dict[str, Page]:
+    """Return the pages of a site, by their addresses."""
+    return {f'/{file.relative_to(folder).as_posix()}'.removesuffix('index.html'):
+            Page(file.read_text(encoding='utf-8')) for file in sorted(folder.rglob('*.html'))}
+
+
+def lost_links(folder: Path, pages: dict[str, Page]) -> list[str]:
+    """Return the links that lead nowhere: no such file, no such anchor, or to a host by anything but https."""
     lost = []
     for address, page in pages.items():
-        if address == '/404.html':  # its links begin with the site's own address
-            continue
-        for link in page.links:
+        for link in page.links if address != '/404.html' else ():  # its links begin with the site's own address
             target = urlsplit(urljoin(address, link))
             if target.scheme:
-                if target.scheme != 'https':
-                    lost.append(f'{address} links to {link}')
-                continue
-            anchors = pages[target.path].anchors if target.path in pages else set()
-            exists = target.path in pages or (site / unquote(target.path).lstrip('/')).is_file()
-            if not exists or (target.fragment and unquote(target.fragment) not in anchors):
+                found = target.scheme in ('https', 'data')
+            elif target.path in pages:
+                found = not target.fragment or unquote(target.fragment) in pages[target.path].anchors
+            else:
+                found = (folder / unquote(target.path).lstrip('/')).is_file()
+            if not found:
                 lost.append(f'{address} links to {link}')
+    return lost
+
+
+def test_links_and_anchors_lead_somewhere(site, pages):
+    lost = lost_links(site, pages)
     assert not lost, '\n'.join(lost)
+
+
+def test_lost_links_are_found(tmp_path):
+    (tmp_path / 'guide').mkdir()
+    (tmp_path / 'picture.png').touch()
+    (tmp_path / 'index.html').write_text('''<a href="guide/#here"></a><a href="guide/#there"></a><img src="picture.png">
+        <img src="other.png"><a href="http://example.com"></a><a href="https://example.com"></a>''')
+    (tmp_path / 'guide' / 'index.html').write_text('<h2 id="here"></h2><a href="..">home</a><a href="../no/">no</a>')
+    pages = read_pages(tmp_path)
+    assert lost_links(tmp_path, pages) == ['/guide/ links to ../no/', '/ links to guide/#there',
+                                           '/ links to other.png', '/ links to http://example.com']
+    assert pages['/'].silent == ['picture.png', 'other.png'] and not pages['/guide/'].silent
 
 
 def test_pictures_have_a_text(pages):
