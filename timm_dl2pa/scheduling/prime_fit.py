@@ -18,8 +18,9 @@ _RIDGE = 1.0
 _SPREAD = 1.0
 _SPREAD_STEPS = 40
 _SPREAD_RATE = 0.13
-# Number of classes whose energy one step counts: all of them up to here, beyond it one block after the other.
-_SPREAD_BLOCK = 4096
+# Pairs of classes whose energy one step counts: all up to 8,192 classes, beyond it of all classes with one block after
+# the other, of 64 classes at least.
+_SPREAD_PAIRS = 2 ** 26
 # How far cosines between class prototypes may be from those of a simplex.
 _TOLERANCE = 1e-4
 # Scores of all restarts of a rotation.
@@ -137,8 +138,9 @@ def _spread(targets: torch.Tensor) -> torch.Tensor:
     drawn = F.normalize(torch.randn(targets.shape, generator=generator, dtype=targets.dtype), dim=1)
     points = torch.where(known, targets, drawn).float()
     targets = targets.float()
+    block = min(len(points), max(64, _SPREAD_PAIRS // len(points)))
     for step in range(_SPREAD_STEPS):
-        others = (torch.arange(min(len(points), _SPREAD_BLOCK)) + step * _SPREAD_BLOCK) % len(points)
+        others = (torch.arange(block) + step * block) % len(points)
         push = 0.5 * _SPREAD * len(points) * _energy_gradient(points, others)
         pull = torch.where(known, targets - points, 0.0)
         points = F.normalize(points + _SPREAD_RATE * (pull - push), dim=1)
