@@ -428,8 +428,8 @@ def suite(record: dict[str, Any]) -> str:
         if found['placed'] and found['linear_bn'] and found['cosine']:
             ahead.append(mean(found['placed']) - max(mean(found['linear_bn']), mean(found['cosine'])))
         lines.append([data, dim, {'sgd': 'SGD', 'adamw': 'AdamW'}[training],
-                      *(f'{mean(values):.1f}' if values else '-' for values in found.values())])
-    return (table(['data', 'd', 'training', *methods.values()], lines)
+                      *(f'{mean(values):.1f}' if values else '-' for values in found.values()), len(found['placed'])])
+    return (table(['data', 'd', 'training', *methods.values(), 'seeds of `placed`'], lines)
             + f'\n\n`placed` less the better of the two learned classifiers on the same d: {mean(ahead):+.1f} points '
               f'in the mean over {len(ahead)} rows, at worst {min(ahead):+.1f}, at best {max(ahead):+.1f}; it is more '
               f'than half a point behind in {sum(value < -0.5 for value in ahead)}.')
@@ -438,12 +438,14 @@ def suite(record: dict[str, Any]) -> str:
 def many_classes(record: dict[str, Any]) -> str:
     """Accuracy, time and memory on glyphs."""
     names = {'linear': 'linear, all features', 'linear_d': 'linear, linear', 'linear_bn': 'linear with the neck',
-             'cosine': 'cosine softmax', 'sampled': 'cosine softmax, sampled', 'static': 'static'}
-    lines = [[f'{row["classes"]:,}', row['dim'] or '-', names.get(row['method'], f'`{row["method"]}`'),
+             'cosine': 'cosine softmax', 'sampled': 'cosine softmax, sampled', 'static': 'static',
+             'placed_sampled': '`placed`, `SampledCrossEntropyLoss`'}
+    lines = [[f'{row["classes"]:,}', row['epochs'], row['dim'] or '-', names.get(row['method'], f'`{row["method"]}`'),
               f'{row["top1"]:.1f}', f'{row["top5"]:.1f}', f'{row["recall_at_1"]:.1f}', f'{row["head_ms_a_step"]:.1f}',
-              row['peak_memory_mb'] - row['memory_before_mb'], row['seed']] for row in record['results']]
-    return table(['classes', 'd', 'classifier', 'top-1', 'top-5', 'recall@1, new classes', 'head, CPU ms a step',
-                  'MiB beside data and backbone', 'seed'], lines)
+              # Where the glyphs were drawn by the same process, that took more.
+              row['peak_memory_mb'] - row['memory_before_mb'] or '-', row['seed']] for row in record['results']]
+    return table(['classes', 'epochs', 'd', 'classifier', 'top-1', 'top-5', 'recall@1, new classes',
+                  'head, CPU ms a step', 'MiB beside data and backbone', 'seed'], lines)
 
 
 def wire(record: dict[str, Any]) -> str:

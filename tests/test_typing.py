@@ -12,6 +12,8 @@ from tests.helpers.pages import ROOT, WITH_PYTHON, python_of
 from tests.helpers.processes import run
 
 PUBLIC_NAMES = Path(__file__).parent / 'typing' / 'public_names.py'
+# The page on training loops is written against the types of other libraries.
+CHECKED = [page for page in WITH_PYTHON if page != 'docs/frameworks.md']
 # What each block of a page finds, as in test_docs.py.
 GIVEN = '''
 import torch as _torch
@@ -50,7 +52,7 @@ ANYTHING = 'from typing import Any\ndef __getattr__(name: str) -> Any: ...\n'
 def programs(tmp_path_factory):
     """The pages as programs, and the file of the public names."""
     folder = tmp_path_factory.mktemp('programs')
-    for page in WITH_PYTHON:
+    for page in CHECKED:
         (folder / f'{re.sub(r"[^a-z]", "_", page.lower())}.py').write_text(GIVEN + '\n'.join(python_of(page)))
     (folder / PUBLIC_NAMES.name).write_text(PUBLIC_NAMES.read_text())
     (folder / 'mypy.ini').write_text(MYPY)
@@ -66,13 +68,13 @@ def test_mypy_strict(programs):
     pytest.importorskip('mypy', reason='the test extra brings mypy')
     files = sorted(path.name for path in programs.glob('*.py'))
     out = run([sys.executable, '-m', 'mypy', '--config-file', 'mypy.ini', *files], cwd=programs, fails=None).stdout
-    assert out == f'Success: no issues found in {len(WITH_PYTHON) + 1} source files\n'
+    assert out == f'Success: no issues found in {len(CHECKED) + 1} source files\n'
 
 
 @pytest.mark.slow
 def test_pyright(programs):
     report = pyright(cwd=programs)
-    assert report['summary']['filesAnalyzed'] > len(WITH_PYTHON)
+    assert report['summary']['filesAnalyzed'] > len(CHECKED)
     assert not [(error['file'], error['range']['start']['line'], error['message'])
                 for error in report['generalDiagnostics']]
 
@@ -82,8 +84,9 @@ def test_no_type_is_unknown():
     """By pyright's measure: of everything that can be imported from the package, private names aside."""
     found = pyright('--verifytypes', 'timm_dl2pa', '--ignoreexternal', cwd=ROOT)['typeCompleteness']
     assert found['exportedSymbolCounts']['withKnownType'] > 1000
+    # Where a library of `integrations` is not installed, what comes from it is unknown.
     unknown = [symbol['name'] for symbol in found['symbols'] if symbol['isExported'] and not symbol['isTypeKnown']
-               and not symbol['isTypeAmbiguous']]
+               and not symbol['isTypeAmbiguous'] and '.integrations.' not in symbol['name']]
     assert not unknown and found['completenessScore'] > 0.95
 
 

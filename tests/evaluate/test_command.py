@@ -1,6 +1,5 @@
 """The command `timm-dl2pa evaluate`, on coloured patterns and a tiny model."""
 import html.parser
-import inspect
 import json
 
 import pytest
@@ -277,13 +276,3 @@ def test_few_images_and_many_classes():
     nearest = head.nearest(vectors, 2)[1][:, 1]
     wrong = measure(head, vectors[nearest], torch.arange(12), queries=5, voters=3, seed=0)
     assert wrong.top1 == 0 and (wrong.near.errors, wrong.near.near, wrong.neighbours) == (12, 12, 5)
-
-
-def test_the_command_has_the_functions_defaults(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(['evaluate', '--help'])
-    said = ' '.join(capsys.readouterr().out.split())
-    assert 'example: timm-dl2pa evaluate' in said
-    for name, parameter in inspect.signature(command.run_evaluate).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default not in (None, False):
-            assert f'--{name.replace("_", "-")}' in said and str(parameter.default) in said

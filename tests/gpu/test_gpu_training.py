@@ -78,7 +78,7 @@ def test_a_plain_loop_learns(device, recipe, precision, channels_last):
 def test_timms_task_with_its_scaler(device, recipe):
     """Float16, as train.py's --amp --amp-dtype float16 trains."""
     with plugged_in():
-        model = timm_model(dl2pa_interval=4, **plugin_options(recipe)).to(device)
+        model = timm_model(dl2pa_interval=4, dl2pa_warmup_length=4, **plugin_options(recipe)).to(device)
         task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=device, verbose=False)
         scaler = NativeScaler(device=device.type)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)

@@ -190,7 +190,7 @@ def test_auxiliary_classifiers():
     model, images = make('volo_d1_224')
     wrap_dl2pa(model, 3, neck='linear_bn')
     assert heads_of(model) == [model.head, model.aux_head] and model.get_classifier() is model.head
-    scheduler = AssignmentScheduler(model, interval=1)
+    scheduler = AssignmentScheduler(model, interval=1, warmup_length=1)
     for _ in range(2):
         F.cross_entropy(model.train()(images), torch.tensor([0, 1])).backward()
         update = scheduler.step(torch.tensor([0, 1]))  # two embeddings, though there are many patch tokens

@@ -34,7 +34,7 @@ class ImageList:
         return [json.dumps([name, (self.root / name).stat().st_size]) for name in self.names]
 
 
-def list_images(folder: str | os.PathLike) -> ImageList:
+def list_images(folder: str | os.PathLike[str]) -> ImageList:
     """Find the images of a folder and of all folders in it, except hidden ones. None is opened.
 
     Raises:

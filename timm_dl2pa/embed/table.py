@@ -86,7 +86,7 @@ def _write_parquet(path: Path, content: Embeddings) -> None:
                                 path)
 
 
-def read_embeddings(path: str | os.PathLike) -> Embeddings:
+def read_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     """Read a safetensors file of `timm-dl2pa embed`.
 
     Args:

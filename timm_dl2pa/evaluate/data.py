@@ -27,7 +27,7 @@ class LabelledImages:
         title: The name of the data set, without the folders above it.
         count: The number of images, or None where it is not known before they are read.
     """
-    dataset: Dataset
+    dataset: Dataset[Any]
     names: list[str] | None
     title: str
     count: int | None

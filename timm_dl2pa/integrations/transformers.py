@@ -78,7 +78,7 @@ class DL2PACallback(TrainerCallback):
     """
 
     def __init__(self, scheduler: AssignmentScheduler | None = None, *, writer: Any = None,
-                 resume_from: str | os.PathLike | None = None, **options: Any):
+                 resume_from: str | os.PathLike[str] | None = None, **options: Any):
         self._loop = SchedulerInLoop(scheduler, options)
         self.writer = writer
         self.resume_from = resume_from
