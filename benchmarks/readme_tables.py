@@ -448,6 +448,13 @@ def many_classes(record: dict[str, Any]) -> str:
                   'head, CPU ms a step', 'MiB beside data and backbone', 'seed'], lines)
 
 
+def million(record: dict[str, Any]) -> str:
+    """The jobs of a head at a million classes."""
+    lines = [[row['job'], row['dim'], '-' if row['seconds'] is None else f'{row["seconds"]:.3g}', row['peak_mb'] or '-',
+              row['said'].partition(',')[0]] for row in record['results']]
+    return table(['job', 'd', 'seconds', 'peak MiB', ''], lines)
+
+
 def wire(record: dict[str, Any]) -> str:
     """What each of several processes sends in a step."""
     found: dict[tuple[int, int, int, int], dict[str, float]] = {}
@@ -543,7 +550,7 @@ _OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
 _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
                       assignment, assignment_large, gpu, suite, many_classes),
-    'many-classes.md': (wire,),
+    'many-classes.md': (wire, million),
     'embeddings.md': (retrieval, unknown_classes),
     'fine-tune.md': _FINETUNE_TABLES,
     'options.md': (options,),
