@@ -80,6 +80,7 @@ class _NoCopies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='torch 2.5 puts no parameters onto fake devices')
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_a_step_never_waits_for_a_gpu_that_is_not_there(make_head, recipe, kind):

@@ -112,6 +112,8 @@ def said_by(capsys, *arguments):
 
 @pytest.mark.parametrize('case', [*BAD, *BAD_TO_BUILD])
 def test_checkpoints_that_are_no_good(case, good, tmp_path, capsys):
+    if case == 'unsigned' and torch.__version__ < '2.6':
+        pytest.skip('torch 2.5 saves no unsigned numbers')
     checkpoint = copy.deepcopy({**good, 'state_dict': dict(good['state_dict'])})
     apply, message = {**BAD, **BAD_TO_BUILD}[case]
     apply(checkpoint)
