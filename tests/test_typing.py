@@ -84,7 +84,7 @@ def test_no_type_is_unknown():
     """By pyright's measure: of everything that can be imported from the package, private names aside."""
     found = pyright('--verifytypes', 'timm_dl2pa', '--ignoreexternal', cwd=ROOT)['typeCompleteness']
     assert found['exportedSymbolCounts']['withKnownType'] > 1000
-    # Where a library of `integrations` is not installed, what comes from it is unknown.
+    # What `integrations` takes from libraries without types, or that are not installed, is unknown.
     unknown = [symbol['name'] for symbol in found['symbols'] if symbol['isExported'] and not symbol['isTypeKnown']
                and not symbol['isTypeAmbiguous'] and '.integrations.' not in symbol['name']]
     assert not unknown and found['completenessScore'] > 0.95

@@ -20,8 +20,8 @@ def leave_out_of_broadcasts(model: nn.Module) -> None:
     """Let DistributedDataParallel leave out the prototypes of very many classes; warn if it is too late for that.
 
     It sends all buffers of rank 0 before each forward, 512 MB for a million classes in 128 dimensions, although every
-    process moves the prototypes alike. The scheduler sends them, at its first step and at the end of a warm-up. With up
-    to 8,192 classes nothing changes.
+    process moves the prototypes alike. The scheduler sends them, at its first step and at the end of a warm-up; without
+    a scheduler every process must load the same ones. With up to 8,192 classes nothing changes.
 
     Args:
         model: A model or head, which is put into DistributedDataParallel later, or is inside it.

@@ -96,6 +96,7 @@ class AssignmentScheduler:
         warmup = 'none' if self.stop == 0 else self.recipe.warmup if warmup is None else warmup
         self._make_warmup = warmup_maker(warmup, self.heads, evenness)
         self.warmup: Warmup | None = self._make_warmup()
+        # Moved prototypes are good at any time; a rotation is good for nothing until it is done.
         self._may_last = self.warmup is not None and self.warmup.moves_prototypes
         self.class_means: ClassMeans = make_class_means(
             head.num_classes, head.dim, self.recipe.memory, head.prototypes.device)

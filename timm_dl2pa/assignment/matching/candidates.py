@@ -34,19 +34,14 @@ class Candidates:
         Returns:
             The number of pairs that are new.
         """
-        width = self._scores.shape[1]
-        keys = np.setdiff1d(rows.astype(np.int64) * width + columns, self._keys)
-        values = self._scores.pairs(keys // width, keys % width)
-        positions = np.searchsorted(self._keys, keys)
-        self._set(np.insert(self._keys, positions, keys), np.insert(self._values, positions, values))
-        return len(keys)
-
-    def _set(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Set all pairs, by ascending keys `row * K + column`."""
         count, width = self._scores.shape
-        self._keys, self._values = keys, values
-        self._rows, self._columns = keys // width, keys % width
+        keys = np.setdiff1d(rows.astype(np.int64) * width + columns, self._keys)
+        positions = np.searchsorted(self._keys, keys)
+        self._values = np.insert(self._values, positions, self._scores.pairs(keys // width, keys % width))
+        self._keys = np.insert(self._keys, positions, keys)  # `row * K + column`, ascending
+        self._rows, self._columns = self._keys // width, self._keys % width
         self._first = np.searchsorted(self._rows, np.arange(count))
+        return len(keys)
 
     def match(self, prices: np.ndarray) -> np.ndarray:
         """Return the best assignment among the candidates, by shortest augmenting paths.
