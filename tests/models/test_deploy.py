@@ -38,10 +38,16 @@ def both(request):
     return model, fold_dl2pa(model)
 
 
+def skip_what_torch_cannot_trace(model):
+    if torch.__version__ < '2.6' and hasattr(model, 'patch_embed'):
+        pytest.skip("torch 2.5 exports and traces no ViT of timm's, with or without a DL2PA head")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('folded', [False, True])
 def test_export_with_any_batch_size(both, folded):
     model = both[folded]
+    skip_what_torch_cannot_trace(model)
     program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim('batch')},))
     assert torch.allclose(program.module()(images(5)), model(images(5)), atol=1e-4)
 
@@ -126,6 +132,7 @@ def test_int8(both):
 @pytest.mark.slow
 def test_fx(both):
     model, _ = both
+    skip_what_torch_cannot_trace(model)
     graph = torch.fx.symbolic_trace(model) if not hasattr(model, 'patch_embed') else None  # a ViT asserts its size
     if graph is not None:
         assert torch.allclose(graph(images(5)), model(images(5)), atol=1e-4)
