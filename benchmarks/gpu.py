@@ -19,7 +19,8 @@ tiny_imagenet  Tiny-ImageNet, the same methods at d = 50, 100 and 200
 A step is left out if its record is complete in `benchmarks/results` or in FOLDER. None is begun that has no time left;
 one that fails does not stop the next. Each writes its record at once, so that what has ended stays when this is killed.
 A training ends in time with a checkpoint in FOLDER, and goes on from it if the next call is given the same FOLDER (or
-has the checkpoint in `benchmarks/results`). Trainings run side by side, `--parallel` of them; nothing else does.
+has the checkpoint in `benchmarks/results`). Trainings run side by side, `--parallel` of them, by NVIDIA's MPS where it
+is installed; nothing else does.
 
 After each step and every half minute, FOLDER (or `--pack`) gets results.tar and checkpoints-0.tar, ...: everything in a
 few files below 16 MiB, for a machine from which only a few come back. Take them over with `--unpack`.
@@ -33,9 +34,11 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from gpu_pack import pack, unpack
+from gpu_sharing import shared_gpu
 from gpu_steps import KINDS, all_steps, seconds_an_epoch
 from gpu_work import Work
 from results_file import RESULTS, environment
@@ -98,8 +101,7 @@ def main() -> int:
         # Toys side by side on few cores: threads would wait for each other.
         os.environ.setdefault('OMP_NUM_THREADS', '1')
     packed = (args.pack or args.output).resolve()
-    seconds = 60 * args.minutes - (time.monotonic() - began)
-    work = Work(args.output, seconds, args.parallel, _places(args), lambda: pack(args.output, packed))
+    seconds = 60 * args.minutes
 
     def ended(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -107,7 +109,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, ended)
     steps = all_steps(device, seconds=seconds, parallel=args.parallel, epoch=seconds_an_epoch(folders),
                       dry_run=args.dry_run)
-    work.run([step for step in steps if step.kind in args.steps], *folders)
+    steps = [step for step in steps if step.kind in args.steps]
+    shared = device == 'cuda' and args.parallel > 1 and any(step.training and not step.done(*folders) for step in steps)
+    with shared_gpu() if shared else nullcontext({}) as sharing:
+        if shared:
+            print('trainings share the GPU by MPS' if sharing else 'without MPS trainings take turns', flush=True)
+        work = Work(args.output, seconds - (time.monotonic() - began), args.parallel, _places(args),
+                    lambda: pack(args.output, packed), sharing)
+        work.run(steps, *folders)
     for name in pack(args.output, packed):
         print(f'{name} found no room in the packed files, and stays in {args.output.name}', flush=True)
     print(f'{len(work.failed)} steps failed' + (f': {", ".join(work.failed)}' if work.failed else ''), flush=True)

@@ -23,6 +23,8 @@ class Recorder:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.outcomes: dict[str, dict[str, Any]] = {}
+        self.running: dict[str, float] = {}  # when each that has not ended yet began
+        self.began = time.perf_counter()
         self.complete = False
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -30,13 +32,18 @@ class Recorder:
             self.outcomes[report.nodeid] = {'outcome': 'failed', 'seconds': 0.0,
                                             'message': str(report.longrepr).strip().splitlines()[-1:]}
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running[nodeid] = round(time.perf_counter() - self.began, 1)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        entry = self.outcomes.setdefault(report.nodeid, {'outcome': 'passed', 'seconds': 0.0})
+        entry = self.outcomes.setdefault(report.nodeid, {
+            'outcome': 'passed', 'began': self.running.get(report.nodeid), 'seconds': 0.0})
         entry['seconds'] = round(entry['seconds'] + report.duration, 2)
         if report.outcome != 'passed':
             entry['outcome'] = 'expected to fail' if hasattr(report, 'wasxfail') else report.outcome
             entry['message'] = str(report.longrepr or '').strip().splitlines()[-1:]
         if report.when == 'teardown':
+            self.running.pop(report.nodeid, None)
             self.write()
 
     def write(self) -> None:
@@ -45,6 +52,7 @@ class Recorder:
         write_results(result_name('gpu_tests', self.args.device), vars(self.args), {
             'complete': self.complete,
             **{outcome: outcomes.count(outcome) for outcome in ('passed', 'failed', 'skipped', 'expected to fail')},
+            'running': self.running,
             'tests': self.outcomes,
         }, self.args.output)
 
@@ -57,12 +65,13 @@ def main() -> int:
     args = parser.parse_args()
     args.output = args.output.resolve()
     os.chdir(TESTS.parents[1])
-    recorder, began = Recorder(args), time.perf_counter()
+    recorder = Recorder(args)
     chosen = ['-m', 'gpu'] if args.device == 'cuda' else ['-k', f'cpu and {args.select}' if args.select else 'cpu']
     if args.select and args.device == 'cuda':
         chosen += ['-k', args.select]
     # A file that cannot be imported there keeps the others from nothing.
-    options = ['-q', '--no-header', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
+    options = ['-q', '--no-header', '-p', 'no:cacheprovider', '--continue-on-collection-errors',
+               '--override-ini=faulthandler_timeout=60']
     if importlib.util.find_spec('xdist') is None:
         options.append('--override-ini=addopts=')
     elif args.device == 'cpu':
@@ -70,7 +79,7 @@ def main() -> int:
     status = pytest.main([str(TESTS), *chosen, *options], plugins=[recorder])
     recorder.complete = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     recorder.write()
-    print(f'{len(recorder.outcomes)} tests in {time.perf_counter() - began:.0f} s')
+    print(f'{len(recorder.outcomes)} tests in {time.perf_counter() - recorder.began:.0f} s')
     return int(status)
 
 

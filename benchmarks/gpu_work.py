@@ -43,11 +43,13 @@ class Work:
         parallel: How many trainings run side by side.
         places: Where the data are: arguments of accuracy.py for each `needs` of a step.
         now_and_then: Is called after each step, and every half minute.
+        sharing: Environment variables of trainings that run side by side (`shared_gpu`).
     """
 
     def __init__(self, output: Path, seconds: float, parallel: int, places: dict[str, list[str]],
-                 now_and_then: Callable[[], None] = lambda: None):
+                 now_and_then: Callable[[], None] = lambda: None, sharing: dict[str, str] | None = None):
         self.output, self.parallel, self.places, self.now_and_then = output, parallel, places, now_and_then
+        self.sharing = sharing or {}
         self.began = time.monotonic()
         self.end = self.began + seconds
         self.failed: list[str] = []
@@ -112,8 +114,8 @@ class Work:
         # A session of its own, so that the workers of a compiler end with it.
         process = subprocess.Popen(
             command, stdout=log.open('w'), stderr=subprocess.STDOUT, cwd=HERE.parent, start_new_session=True,
-            env={**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': os.pathsep.join(
-                filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))})
+            env={**os.environ, **(self.sharing if step.training else {}), 'PYTHONUNBUFFERED': '1',
+                 'PYTHONPATH': os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))})
         self._running.append(_Running(step, process, log, now, min(now + step.limit, self.end)))
 
     def _look(self) -> None:

@@ -18,7 +18,9 @@ rows of 2,048 features that need a gradient (a backbone is behind them):
 
 A step costs the same whatever the prototypes: they are random unit rows here, which take no time to make. On a GPU the
 rows have the peak of its memory beside what was in use before the method was made: weights, gradients, momentum and
-what a step takes.
+what a step takes. They also have how many kernels a step launches, and the milliseconds that these take on the GPU:
+where that is far less than the step's time, launching is what takes the time, and it goes on beside the work of a
+backbone.
 
     python benchmarks/head_step.py
     python benchmarks/head_step.py --device cuda --batch-size 256 --sizes 1000,512 21841,128 100000,128 1000000,128
@@ -129,15 +131,18 @@ class Measurement:
 
     def seconds(self, step: Step) -> float:
         """Return the seconds of a step, as a mean over the batches; the launches of one overlap the work before."""
-        batches = [(torch.randn(self.batch_size, FEATURES, device=self.device, requires_grad=True),
-                    torch.randint(0, self.num_classes, (self.batch_size,), device=self.device))
-                   for _ in range(self.repeats)]
+        batches = self._batches()
         self._wait()
         began = time.perf_counter()
         for x, labels in batches:
             step(x, labels)
         self._wait()
         return (time.perf_counter() - began) / self.repeats
+
+    def _batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.randn(self.batch_size, FEATURES, device=self.device, requires_grad=True),
+                 torch.randint(0, self.num_classes, (self.batch_size,), device=self.device))
+                for _ in range(self.repeats)]
 
     def _wait(self) -> None:
         if self.device.type == 'cuda':
@@ -159,6 +164,22 @@ class Measurement:
         return step, round((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
 
 
+    def busy(self, step: Step) -> tuple[int | None, float | None]:
+        """Return how many kernels and copies a step launches on the GPU, and the milliseconds that they take there,
+        from PyTorch's profiler; None twice where it sees none."""
+        batches = self._batches()
+        self._wait()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for x, labels in batches:
+                step(x, labels)
+            self._wait()
+        spans = [event.time_range.elapsed_us() for event in profile.events()
+                 if event.device_type == torch.autograd.DeviceType.CUDA]
+        if not spans:
+            return None, None
+        return round(len(spans) / self.repeats), round(sum(spans) / 1000 / self.repeats, 4)
+
+
 def measure(num_classes: int, dim: int, methods: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Return the row of a size."""
     device = torch.device(args.device)
@@ -176,6 +197,9 @@ def measure(num_classes: int, dim: int, methods: list[str], args: argparse.Names
             result[f'{method}_failed'] = 'out of memory'
             torch.cuda.empty_cache()
             continue
+        except ValueError as error:  # an even warm-up that would have to end with a rotation of too many classes
+            result[f'{method}_failed'] = str(error)
+            continue
         if memory is not None:
             result[f'{method}_mb'] = memory
     times: dict[str, list[float]] = {method: [] for method in steps}
@@ -183,6 +207,9 @@ def measure(num_classes: int, dim: int, methods: list[str], args: argparse.Names
         for method, step in steps.items():
             times[method].append(measurement.seconds(step))
     result |= {f'{method}_ms': round(1000 * median(values), 3) for method, values in times.items()}
+    if device.type == 'cuda':
+        for method, step in steps.items():
+            result[f'{method}_kernels'], result[f'{method}_busy_ms'] = measurement.busy(step)
     for method in ('linear', 'authors', 'neck', 'partial_fc'):
         if times.get(method) and times.get('embeddings'):
             result[f'faster_than_{method}'] = round(median(times[method]) / median(times['embeddings']), 2)

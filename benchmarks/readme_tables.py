@@ -39,11 +39,14 @@ _HEAD_STEPS = {
 
 
 def head_step(record: dict[str, Any]) -> str:
-    """The head's step in milliseconds and, on a card, the peak of its memory."""
+    """The head's step in milliseconds and, on a card, those that its kernels take and the peak of its memory."""
     def cell(row: dict[str, Any], name: str) -> str:
         if f'{name}_ms' not in row:
-            return row.get(f'{name}_failed', '-')
-        return f'{row[f"{name}_ms"]:,.2f} ms' + (f', {row[f"{name}_mb"]:,} MB' if f'{name}_mb' in row else '')
+            failed = row.get(f'{name}_failed', '-')
+            return 'refused' if 'too many' in failed else failed
+        busy = row.get(f'{name}_busy_ms')
+        return ''.join([f'{row[f"{name}_ms"]:,.2f} ms', f' ({busy:,.2f})' if busy is not None else '',
+                        f', {row[f"{name}_mb"]:,} MB' if f'{name}_mb' in row else ''])
 
     rows = [[title, *cells] for name, title in _HEAD_STEPS.items()
             if set(cells := [cell(row, name) for row in record['results']]) != {'-'}]
@@ -250,7 +253,21 @@ def head_step_gpu() -> str:
     record = _record('head_step_cuda')
     if record is None:
         return NOT_YET
-    return _on(head_step(record), record)
+    return 'Milliseconds, in brackets those that the kernels take, and the peak of the card\'s memory.\n\n' + _on(
+        head_step(record), record)
+
+
+def tests_gpu() -> str:
+    """What became of the tests that need a card."""
+    record = _record('gpu_tests_cuda')
+    if record is None:
+        return NOT_YET
+    found = record['results']
+    unfinished = [name.rpartition('::')[2] for name in found.get('running', {})]
+    words = [f'{found["passed"]} passed, {found["failed"]} failed',
+             *([f'{len(unfinished)} not finished in time: {", ".join(f"`{name}`" for name in unfinished)}']
+               if unfinished else [])]
+    return _on('; '.join(words) + '.', record)
 
 
 def assignment_gpu() -> str:
@@ -310,6 +327,7 @@ def tiny_imagenet_gpu() -> str:
 
 
 _GPU_TABLES = {
+    'The tests that need one': tests_gpu,
     "What a head costs a step": head_step_gpu,
     'The assignment': assignment_gpu,
     'Prototypes by descent': prototypes_gpu,

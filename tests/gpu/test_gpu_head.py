@@ -51,13 +51,15 @@ def exact(head, x, labels, loss):
 
 @pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('precision, share', PRECISIONS, ids=IDS)
-def test_forward_and_backward(make_head, device, precision, share, compiled):
+def test_forward_and_backward(make_head, device, precision, share, compiled, monkeypatch):
     head, x, labels = problem(make_head, device)
     logits, loss, weight_gradient, x_gradient = exact(head, x, labels, 'cross_entropy')
     scheduler = AssignmentScheduler(head, interval=100, warmup='none')  # an observer is part of the graph
     forward = head
     if compiled:
         torch.compiler.reset()
+        # Seen with PyTorch 2.11: its cache of compiled graphs takes one made for bfloat16 where float16 is asked for.
+        monkeypatch.setattr(torch._functorch.config, 'enable_autograd_cache', False)
         forward = torch.compile(head, fullgraph=True, backend='inductor' if device.type == 'cuda' else 'aot_eager')
     x.requires_grad_()
     with autocast(device, precision):

@@ -1,14 +1,17 @@
 """The scheduler on a device: it never waits between re-solves, and re-solves, resumes and places as on the CPU."""
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.helpers.recipe_words import RECIPES, scheduler_arguments
-from timm_dl2pa import AssignmentScheduler, SquaredCosineLoss
+from timm_dl2pa import AssignmentScheduler, SampledCrossEntropyLoss, SquaredCosineLoss
+from timm_dl2pa.head import MANY_CLASSES
 
 KINDS = ('hard', 'soft')
 
@@ -70,12 +73,13 @@ def test_a_whole_training_step_never_waits_for_the_gpu(make_head, cuda, recipe):
 
 
 class _NoCopies(TorchDispatchMode):
-    """Refuses what moves numbers between devices."""
+    """Refuses what moves numbers between devices, as `x[indices] = 0.0` does too."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        devices = {tensor.device.type for tensor in (*args, out) if isinstance(tensor, torch.Tensor)}
-        if 'copy' in str(function) and len(devices) > 1:
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
+        # A number on the CPU that fills a tensor goes with the launch.
+        if len(devices) > 1 and 'fill_' not in str(function):
             raise AssertionError(f'{function} moves numbers between {devices}')
         return out
 
@@ -108,6 +112,25 @@ def test_a_step_never_waits_for_a_gpu_that_is_not_there(make_head, recipe, kind)
             scheduler.class_means.sums.sum().item()
         with pytest.raises(AssertionError, match='moves numbers'), _NoCopies():
             scheduler.class_means.directions()
+        with pytest.raises(AssertionError, match='moves numbers'), _NoCopies():
+            scheduler.class_means.sums[torch.arange(7, device='cuda')] = 0.0
+
+
+@pytest.mark.skipif(torch.__version__ < '2.6', reason='torch 2.5 puts no parameters onto fake devices')
+def test_with_very_many_classes_it_never_waits_either(make_head):
+    classes = MANY_CLASSES + 1
+    made = make_head(num_classes=classes, prototypes=nn.functional.normalize(torch.randn(classes, 4), dim=1),
+                     train_output='embeddings', learn_scale=True)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        head = made._apply(lambda tensor: torch.empty_like(tensor, device='cuda'))
+        scheduler, criterion = AssignmentScheduler(head, interval=1000, recipe='placed'), SampledCrossEntropyLoss(head)
+        scheduler._values_checked = True
+        for batches in range(3):
+            targets = torch.zeros(16, dtype=torch.long, device='cuda')
+            with _NoCopies() if batches else nullcontext():  # in the first batch the samplers come over
+                criterion(head(torch.randn(16, 12, device='cuda')), targets)
+                scheduler.step(targets)
+        assert scheduler.steps == 3
 
 
 # --- re-solves

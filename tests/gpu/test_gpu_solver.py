@@ -5,6 +5,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from timm_dl2pa import make_prototypes, prototype_quality, solve_assignment
+from timm_dl2pa.prototypes.optimise import device_of_evaluations
 
 
 def unit_rows(count, dim, seed):
@@ -35,10 +36,11 @@ def test_the_assignment_is_scipys(device, given, spare):
     assert again.exact and again.moved == 0
 
 
-@pytest.mark.parametrize('objective, energy, largest', [('uniform', -3.45, 0.50), ('separated', None, 0.40)])
+@pytest.mark.parametrize('objective, energy, largest', [('uniform', -3.28, 0.75), ('separated', None, 0.62)])
 def test_prototypes_by_descent(device, objective, energy, largest):
-    points = make_prototypes(100, 10, objective=objective, method='optimise', effort=0.02, device=str(device))
+    assert device_of_evaluations(600, 10, device).type == device.type
+    points = make_prototypes(600, 10, objective=objective, method='optimise', effort=0.02, device=str(device))
     quality = prototype_quality(points)
     assert points.device.type == 'cpu' and points.dtype == torch.float32
-    assert torch.allclose(points.norm(dim=1), torch.ones(100), atol=1e-5)
+    assert torch.allclose(points.norm(dim=1), torch.ones(600), atol=1e-5)
     assert quality.max_cosine < largest and (energy is None or quality.energy < energy)

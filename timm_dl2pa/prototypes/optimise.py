@@ -10,8 +10,8 @@ from .bounds import max_cosine_lower_bound
 from .closed_form import random_frames
 from .energy import UNIFORMITY, pair_energy
 
-__all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'Objective', 'affordable_evaluations', 'cross_polytopes', 'optimise',
-           'sgd_recipe']
+__all__ = ['MIN_EVALUATIONS', 'OBJECTIVES', 'Objective', 'affordable_evaluations', 'cross_polytopes',
+           'device_of_evaluations', 'optimise', 'sgd_recipe']
 
 Objective = Literal['uniform', 'separated']
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -23,8 +23,11 @@ _WORK_BUDGET = 2 * 10 ** 11
 # The cost of the exponential of one cosine, and the fixed cost of an evaluation, in multiply-adds.
 _EXPONENTIAL_COST = 30
 _EVALUATION_OVERHEAD = 3 * 10 ** 5
-# An evaluation on a GPU is faster by about this factor.
+# An evaluation of a large set on a GPU is faster by about this factor. One has some 20 launches and waits a few times,
+# about a millisecond: beyond so much work a GPU is worth its while, and so much that millisecond counts there.
 _GPU_SPEEDUP = 100
+_WORTH_A_GPU = 10 ** 7
+_GPU_EVALUATION_OVERHEAD = 5 * 10 ** 8
 # Annealing schedules for 'separated': the inverse temperatures, and the iterations at each. The coarse schedule is used
 # for every start, the fine one for the best few.
 _COARSE_BETAS, _COARSE_ITERATIONS = np.geomspace(8, 1e3, 12), 100
@@ -43,8 +46,9 @@ def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, devic
                            entry_cost: int = 0) -> int:
     """Return how many evaluations of the objective the work budget allows.
 
-    An evaluation counts as 2 K^2 (d + 30) + 3e5 multiply-adds. The budget is 2e11 of them, and 100 times as many on a
-    GPU, times `effort`.
+    An evaluation counts as 2 K^2 (d + 30) + 3e5 multiply-adds, and the budget is 2e11 of them, times `effort`. On a GPU
+    it counts as 5e8 more, and the budget is 100 times as large. Sets below 1e7 are evaluated on the CPU, which is
+    faster there.
 
     Args:
         num_points: K, the number of points.
@@ -56,12 +60,22 @@ def affordable_evaluations(num_points: int, dim: int, effort: float = 1.0, devic
     Returns:
         The number of evaluations, possibly 0.
     """
-    work = effort * _WORK_BUDGET * (_GPU_SPEEDUP if torch.device(device).type == 'cuda' else 1)
-    return int(work // (_evaluation_work(num_points, dim) + entry_cost * num_points * dim))
+    on_gpu = device_of_evaluations(num_points, dim, device).type == 'cuda'
+    work = effort * _WORK_BUDGET * (_GPU_SPEEDUP if on_gpu else 1)
+    return int(work // (_pair_work(num_points, dim) + _overhead(on_gpu) + entry_cost * num_points * dim))
 
 
-def _evaluation_work(num_points: int, dim: int) -> int:
-    return 2 * num_points * num_points * (dim + _EXPONENTIAL_COST) + _EVALUATION_OVERHEAD
+def device_of_evaluations(num_points: int, dim: int, device: torch.device | str) -> torch.device:
+    """Return where a set is evaluated that `device` was asked for: small ones on the CPU."""
+    return torch.device(device if _pair_work(num_points, dim) > _WORTH_A_GPU else 'cpu')
+
+
+def _pair_work(num_points: int, dim: int) -> int:
+    return 2 * num_points * num_points * (dim + _EXPONENTIAL_COST)
+
+
+def _overhead(on_gpu: bool) -> int:
+    return _GPU_EVALUATION_OVERHEAD if on_gpu else _EVALUATION_OVERHEAD
 
 
 def cross_polytopes(num_points: int, dim: int, seed: int, dtype: type = np.float32) -> np.ndarray:
@@ -128,7 +142,7 @@ def optimise(
         starts: Additional starts, (K, d) unit rows each.
         effort: Factor on the work budget (see `affordable_evaluations`). At least `MIN_EVALUATIONS` are done.
         evaluations: How many are done, whatever the budget allows.
-        device: The device of the evaluations.
+        device: The device of the evaluations; small sets stay on the CPU (`device_of_evaluations`).
         report: Called with the share of the work done so far, from 0 to 1.
 
     Returns:
@@ -137,7 +151,9 @@ def optimise(
     generator = np.random.default_rng(seed)
     if evaluations is None:
         evaluations = max(MIN_EVALUATIONS, affordable_evaluations(num_points, dim, effort, device))
-    budget = _Budget(evaluations, _EVALUATION_OVERHEAD / _evaluation_work(num_points, dim), report)
+    device = device_of_evaluations(num_points, dim, device)
+    overhead = _overhead(device.type == 'cuda')
+    budget = _Budget(evaluations, overhead / (_pair_work(num_points, dim) + overhead), report)
     descend = _Descent(device, budget)
     if objective == 'uniform':
         starts = list(starts)

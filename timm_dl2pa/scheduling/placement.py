@@ -166,7 +166,7 @@ class PrototypePlacement:
             others = (others + self.steps * _BLOCK) % count
         chosen = vectors[others]
         kernel = (UNIFORMITY * (vectors @ chosen.t() - 1)).exp_()
-        kernel[others, torch.arange(len(others), device=vectors.device)] = 0.0
+        kernel.scatter_(0, others.unsqueeze(0), 0.0)  # of a class with itself; brackets would wait for the device
         kernel *= weights[others].t() > 0
         return kernel, 2 * UNIFORMITY * self.num_classes / (weights.t() @ kernel).sum() * chosen
 
