@@ -32,11 +32,11 @@ def plugin():
 
 
 @pytest.mark.parametrize('soft', [False, True])
-@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.4, 5.0), (9.0, 5.0), (0.7, 20.0)])
+@pytest.mark.parametrize('evenness, scale', [(0.0, 5.0), (0.4, 5.0), (90.0, 5.0), (0.7, 20.0)])
 @pytest.mark.parametrize('rows, share', [(2, 0.0), (40, 0.25), (40, None)])
 def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evenness, scale, rows, share):
     """Against autograd, over two steps: the second allows for the class frequencies of the first. With 40 rows and an
-    evenness of 9 the energy's part is as long as it may be."""
+    evenness of 90 the energy's part is as long as it may be."""
     classes, dim, scale = 6, 4, torch.tensor(scale)
     ours = PrototypePlacement(classes, evenness)
     vectors, counts, seen = unit(classes, dim), torch.ones(classes), 0.0
@@ -49,14 +49,18 @@ def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evennes
         pairs = torch.triu_indices(classes, classes, 1)
         energy = (4 * ((leaf[pairs[0]] * leaf[pairs[1]]).sum(1) - 1)).exp().mean().log()
         seen += rows / classes
-        rate = min(rows / 8, classes / 8) * (1 / (1 + seen / 50) if share is None else 1 - share)
-        spread = min(rate * evenness, classes * 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
-        (rate * cross_entropy + spread * energy).backward()
-        tangent = leaf.grad - (leaf.grad * vectors).sum(dim=1, keepdim=True) * vectors
+        batch = targets.sum(0) if soft else one_hot.sum(0)
+        frequencies = ((counts + batch) / (classes * (seen + 1))).unsqueeze(1)
+        rates = 0.3 * (1 / (1 + seen / 50) if share is None else 1 - share) / (
+            frequencies / rows + frequencies.square()).sqrt()
+        spread = (rates * evenness / scale).clamp(max=classes * 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
+        pulls, spreads = (torch.autograd.grad(value, leaf)[0] for value in (cross_entropy, energy))
+        gradient = rates / scale * pulls + spread * spreads
+        tangent = gradient - (gradient * vectors).sum(dim=1, keepdim=True) * vectors
         expected = torch.nn.functional.normalize(vectors - tangent, dim=1)
         moved = move(ours, vectors, embeddings, targets, scale, share)
         assert torch.allclose(moved, expected, atol=1e-5) and not torch.allclose(moved, vectors, atol=1e-3)
-        counts += targets.sum(0) if soft else one_hot.sum(0)
+        counts += batch
         vectors = moved
 
 
@@ -85,6 +89,7 @@ def test_of_very_many_classes_a_sample_moves_as_all_would_on_average(monkeypatch
     ours, sums, moved = PrototypePlacement(240, 0.1), torch.zeros(240, 8), torch.zeros(240)
     for _ in range(600):
         ours.counts.zero_()
+        ours.seen.zero_()
         step = move(ours, vectors, embeddings, labels, torch.tensor(8.0), 0.99) - vectors
         assert step[labels].norm(dim=1).gt(0).all() and step.norm(dim=1).gt(0).sum() <= 30 + 20
         sums += step

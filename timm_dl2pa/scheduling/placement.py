@@ -16,12 +16,8 @@ from .warmup import Warmup
 
 __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_evenness']
 
-# Step of the class vectors at the beginning, in units of the gradient of the batch's mean cross-entropy: what SGD with
-# the learning rate 0.8 and momentum 0.9 does to unit vectors. Smaller where one sample, or one class of few,
-# would move a vector too far.
-_RATE = 8.0
-_RATE_PER_SAMPLE = 1 / 8
-_RATE_PER_CLASS = 1 / 8
+# Length of the first step of a class whose gradient is as large as that of an untrained classifier is, in radians.
+_STEP = 0.3
 # Where nobody knows when the warm-up ends: samples per class after which the step is half as long.
 _HALVED_AFTER = 50
 # Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
@@ -37,15 +33,18 @@ class PrototypePlacement:
     With unit embeddings z_i, (soft) targets y_ic, the class frequencies f_c seen so far, and the probabilities
     pi_ic of `scale * <z_i, v_c> + log f_c`, a batch of B samples moves each unit class vector to
 
-        v_c <- u_c / |u_c|,    u_c = v_c + P_c (r * scale / B * sum_i (y_ic - pi_ic) z_i - e * dU/dv_c)
+        v_c <- u_c / |u_c|,    u_c = v_c + r_c P_c (1 / B * sum_i (y_ic - pi_ic) z_i - e / scale * dU/dv_c)
 
     where P_c is the projection onto the tangent space at v_c and U is the paper's uniformity, the log of the mean of
-    exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5). The first term is the direction in which the cross-entropy of
-    a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit adjustment); the
-    second spreads them. The step is `r = min(8, B / 8, C / 8) * (1 - s)`, where s is the share of the warm-up that
-    is over: so the vectors have come to rest when they are fixed. Where s is not known it is `1 / (1 + n / 50)` in the
-    last factor's place, after n samples per class. e = r * evenness, but C e is no more than about one over the largest
-    curvature of C * U at an evenly spread set. A step that is not finite leaves a vector where it is.
+    exp(-2 |v_b - v_c|^2) over the pairs (DL2PA, Eq. 4-5). The first term is, over the scale, the direction in which the
+    cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit
+    adjustment); the second, with the evenness e, spreads them. The step is `r_c = 0.3 (1 - s) / sqrt(f_c / B + f_c^2)`:
+    the root is that of the mean square that the first term has while all samples of a class are missed and lie in one
+    direction (n_c of them in a batch, and the mean of n_c^2 is B f_c + B^2 f_c^2). So a step does not depend on how many
+    classes there are, how often a class is seen and what the scale is; it gets shorter as the samples are classified,
+    and with s, the share of the warm-up that is over: the vectors have come to rest when they are fixed. Where s is not
+    known, `1 / (1 + n / 50)` stands in for `1 - s`, after n samples per class. r_c e C / scale is no more than about one
+    over the largest curvature of C * U at an evenly spread set. A step that is not finite leaves a vector where it is.
 
     Of more than 8,192 classes a batch moves its own and a sample of 1,024 others: sums over classes are estimated, and
     each sampled class's step is as many times as long as it stands for classes (`ClassSampler`). Then time and memory
@@ -108,17 +107,17 @@ class PrototypePlacement:
             prior = (self.counts[sample.classes] + 1).log() + sample.log_weights
             probabilities = (scale * embeddings @ vectors.t() + prior).softmax(dim=1)
             size = self._count(*counted)
-            rate = self._rate(size, share)
+            rates = self._rates(sample.classes, size, share)
             # Factors go onto the few embeddings and the block, so that few passes over (n, d) are left.
-            pull = scale / size.clamp_min(1e-6) * embeddings
+            pull = embeddings / size.clamp_min(1e-6)
             step = (sum(share for _, share in parts) * probabilities).t() @ -pull
             step.index_add_(0, rows, shares * pull.repeat(len(parts), 1))
             add_over_ranks(step)
             weights = sample.log_weights.exp().unsqueeze(1)
-            spread = (weights * rate * self.evenness / self.num_classes).clamp(
+            spread = (weights * rates * (self.evenness / self.num_classes) / scale).clamp(
                 max=_LONGEST / _curvature(self.num_classes, vectors.shape[1]))
             kernel, chosen = self._repulsion(vectors, weights)
-            step.mul_(rate).sub_(spread * (kernel @ chosen))
+            step.mul_(rates).sub_(spread * (kernel @ chosen))
             step.sub_((step * vectors).sum(dim=1, keepdim=True) * vectors).add_(vectors)
             length = step.norm(dim=1, keepdim=True)
         self.steps += 1
@@ -145,10 +144,11 @@ class PrototypePlacement:
         self.seen += size / self.num_classes
         return size
 
-    def _rate(self, size: torch.Tensor, share: float | None) -> torch.Tensor:
-        """Return the step, (), for a batch of that size when that share of the warm-up is over."""
-        rate = (_RATE_PER_SAMPLE * size).clamp(max=min(_RATE, _RATE_PER_CLASS * self.num_classes))
-        return rate / (1 + self.seen / _HALVED_AFTER) if share is None else rate * (1 - share)
+    def _rates(self, classes: torch.Tensor, size: torch.Tensor, share: float | None) -> torch.Tensor:
+        """Return the steps (n, 1) of classes (n,) for a batch of `size` when that share of the warm-up is over."""
+        in_a_batch = size * (self.counts[classes] + 1) / (self.num_classes * (self.seen + 1))
+        rates = (_STEP * size * (in_a_batch * (1 + in_a_batch)).clamp_min(1e-12).rsqrt()).unsqueeze(1)
+        return rates / (1 + self.seen / _HALVED_AFTER) if share is None else rates * (1 - share)
 
     def _repulsion(self, vectors: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return factors, (n, m) and (m, d), of C times the gradient of the uniformity; of many classes, its
