@@ -11,6 +11,8 @@ a rise and a cosine fall. Each combination runs once, in a process of its own; i
 command can be stopped and called again. A row has
 
 - top-1 and top-5 on test images: of other fonts than the training images;
+- top-1 by the nearest class mean: the direction of the training images' mean embedding, after the training. It is the
+  same for all methods. Of `placed` also after `prime` on the trained model, which puts the prototypes anew;
 - recall@1 on 500 classes that are not in the training, drawn by the test's fonts: how often the nearest of all other
   images, by the cosine of the embeddings, is of the same class. No two of a class are drawn by the same face;
 - CPU seconds of training, and of it in the classifier: its forward, loss, backward and optimiser step, with all that

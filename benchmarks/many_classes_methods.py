@@ -19,9 +19,11 @@ from accuracy_methods import CosineClassifier
 from timm_dl2pa import AssignmentScheduler, DL2PAHead, SampledCrossEntropyLoss, SquaredCosineLoss
 from timm_dl2pa.recipes import RECIPES, find_recipe
 
-__all__ = ['METHODS', 'SampledCosineClassifier', 'embed', 'make_classifier', 'make_loss', 'make_scheduler']
+__all__ = ['METHODS', 'PLACED', 'SampledCosineClassifier', 'embed', 'make_classifier', 'make_loss', 'make_scheduler']
 
 METHODS = ('linear', 'linear_d', 'linear_bn', 'cosine', 'sampled', 'static', *RECIPES, 'placed_sampled')
+# Those whose prototypes may be put elsewhere.
+PLACED = ('placed', 'placed_sampled')
 # Where a learned scale starts, as the head's does.
 _LEARNED_SCALE_START = 4.0
 

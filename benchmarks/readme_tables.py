@@ -459,10 +459,13 @@ def many_classes(record: dict[str, Any]) -> str:
              'cosine': 'cosine softmax', 'sampled': 'cosine softmax, sampled', 'static': 'static',
              'placed_sampled': '`placed`, `SampledCrossEntropyLoss`'}
     lines = [[f'{row["classes"]:,}', row['epochs'], row['dim'] or '-', names.get(row['method'], f'`{row["method"]}`'),
-              f'{row["top1"]:.1f}', f'{row["top5"]:.1f}', f'{row["recall_at_1"]:.1f}', f'{row["head_ms_a_step"]:.1f}',
+              f'{row["top1"]:.1f}', f'{row["top5"]:.1f}',
+              *(f'{row[name]:.1f}' if name in row else '-' for name in ('top1_by_class_means', 'top1_primed')),
+              f'{row["recall_at_1"]:.1f}', f'{row["head_ms_a_step"]:.1f}',
               # Where the glyphs were drawn by the same process, that took more.
               row['peak_memory_mb'] - row['memory_before_mb'] or '-', row['seed']] for row in record['results']]
-    return table(['classes', 'epochs', 'd', 'classifier', 'top-1', 'top-5', 'recall@1, new classes',
+    return table(['classes', 'epochs', 'd', 'classifier', 'top-1', 'top-5', 'by class means', '`prime` at the end',
+                  'recall@1, new classes',
                   'head, CPU ms a step', 'MiB beside data and backbone', 'seed'], lines)
 
 

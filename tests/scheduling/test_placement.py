@@ -1,4 +1,6 @@
 """Prototypes that are placed during the warm-up: the step, its end, the defaults, the plugin."""
+import math
+
 import pytest
 import torch
 
@@ -51,8 +53,8 @@ def test_the_step_is_down_the_gradient_of_cross_entropy_and_energy(soft, evennes
         seen += rows / classes
         batch = targets.sum(0) if soft else one_hot.sum(0)
         frequencies = ((counts + batch) / (classes * (seen + 1))).unsqueeze(1)
-        rates = 0.3 * (1 / (1 + seen / 50) if share is None else 1 - share) / (
-            frequencies / rows + frequencies.square()).sqrt()
+        rates = (1 / (1 + seen / 50) if share is None else 1 - share) * (
+            0.3 / (frequencies / rows + frequencies.square()).sqrt()).clamp(max=1.5 * rows)
         spread = (rates * evenness / scale).clamp(max=classes * 1.5 / (8 * classes / (classes - 1) * (1 + 8 / dim)))
         pulls, spreads = (torch.autograd.grad(value, leaf)[0] for value in (cross_entropy, energy))
         gradient = rates / scale * pulls + spread * spreads
@@ -139,6 +141,16 @@ def test_strong_evenness_does_not_overshoot(evenness):
         vectors = move(ours, vectors, unit(64, dim), torch.randint(0, classes, (64,)), scale)
     cosines = (vectors @ vectors.t())[~torch.eye(classes, dtype=torch.bool)]
     assert torch.allclose(cosines, torch.tensor(-1 / (classes - 1)), atol=0.1), cosines
+
+
+def test_one_sample_of_very_many_classes_does_not_carry_its_class_away():
+    """It would by 3.8 otherwise, and by as much more as there are more classes."""
+    vectors, classes = unit(2000, 16), 2000
+    ours = PrototypePlacement(classes, 0.0)
+    z = torch.nn.functional.normalize(torch.linalg.svd(vectors[:1])[2][1:2], dim=1)  # at a right angle to its class
+    embeddings, labels = torch.cat([z] + 15 * [vectors[5:6]]), torch.tensor([0] + 15 * [5])
+    moved = move(ours, vectors, embeddings, labels, torch.tensor(20.0), 0.0)
+    assert torch.atan2((moved[0] @ z[0]), moved[0] @ vectors[0]) == pytest.approx(math.atan(1.5), abs=0.02)
 
 
 def test_a_step_that_is_not_finite_moves_nothing():

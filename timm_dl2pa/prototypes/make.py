@@ -152,8 +152,8 @@ def make_prototypes(
         return_info: Whether to return a `PrototypeInfo` as well.
         effort: Factor on the work budget of 'optimise'. In 'auto' and 'quick' it also raises the size up to which
             'optimise' is tried.
-        device: The device of 'optimise', which computes in float64 on the CPU and in float32 on a GPU. Small sets (up to
-            about 350 prototypes in 10 dimensions, 170 in 128) are computed on the CPU, which is faster there.
+        device: The device of 'optimise', which computes in float64 on the CPU and in float32 on a GPU. Small sets (up
+            to about 350 prototypes in 10 dimensions, 170 in 128) are computed on the CPU, which is faster there.
         progress: Whether to show a progress bar for 'optimise' and 'sgd', where stderr is a terminal.
         cache: Whether to use the cache.
 

@@ -18,6 +18,8 @@ __all__ = ['PlacedWarmup', 'PrototypePlacement', 'check_evenness', 'default_even
 
 # Length of the first step of a class whose gradient is as large as that of an untrained classifier is, in radians.
 _STEP = 0.3
+# Largest step that a single sample makes, on the tangent: 56 degrees. Rare classes and those of very many need it.
+_STEP_OF_A_SAMPLE = 1.5
 # Where nobody knows when the warm-up ends: samples per class after which the step is half as long.
 _HALVED_AFTER = 50
 # Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
@@ -40,11 +42,12 @@ class PrototypePlacement:
     cross-entropy of a classifier with these vectors falls, each class's frequency allowed for (Menon et al. 2021, logit
     adjustment); the second, with the evenness e, spreads them. The step is `r_c = 0.3 (1 - s) / sqrt(f_c / B + f_c^2)`:
     the root is that of the mean square that the first term has while all samples of a class are missed and lie in one
-    direction (n_c of them in a batch, and the mean of n_c^2 is B f_c + B^2 f_c^2). So a step does not depend on how many
-    classes there are, how often a class is seen and what the scale is; it gets shorter as the samples are classified,
-    and with s, the share of the warm-up that is over: the vectors have come to rest when they are fixed. Where s is not
-    known, `1 / (1 + n / 50)` stands in for `1 - s`, after n samples per class. r_c e C / scale is no more than about one
-    over the largest curvature of C * U at an evenly spread set. A step that is not finite leaves a vector where it is.
+    direction (n_c of them in a batch, and the mean of n_c^2 is B f_c + B^2 f_c^2). So it does not depend on how many
+    classes there are, how often a class is seen and what the scale is. What the class vectors move gets shorter as the
+    samples are classified, and with s, the share of the warm-up that is over: they have come to rest when they are
+    fixed. Where s is not known, `1 / (1 + n / 50)` stands in for `1 - s`, after n samples per class. r_c is at most
+    1.5 B (1 - s), so that no sample moves a vector by more than 1.5, and r_c e C / scale at most about one over the
+    largest curvature of C * U at an evenly spread set. A step that is not finite leaves a vector where it is.
 
     Of more than 8,192 classes a batch moves its own and a sample of 1,024 others: sums over classes are estimated, and
     each sampled class's step is as many times as long as it stands for classes (`ClassSampler`). Then time and memory
@@ -147,7 +150,8 @@ class PrototypePlacement:
     def _rates(self, classes: torch.Tensor, size: torch.Tensor, share: float | None) -> torch.Tensor:
         """Return the steps (n, 1) of classes (n,) for a batch of `size` when that share of the warm-up is over."""
         in_a_batch = size * (self.counts[classes] + 1) / (self.num_classes * (self.seen + 1))
-        rates = (_STEP * size * (in_a_batch * (1 + in_a_batch)).clamp_min(1e-12).rsqrt()).unsqueeze(1)
+        of_a_sample = (_STEP * (in_a_batch * (1 + in_a_batch)).rsqrt()).clamp(max=_STEP_OF_A_SAMPLE)
+        rates = (size * of_a_sample).unsqueeze(1)
         return rates / (1 + self.seen / _HALVED_AFTER) if share is None else rates * (1 - share)
 
     def _repulsion(self, vectors: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
