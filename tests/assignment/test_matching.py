@@ -1,4 +1,5 @@
 """The solver against scipy's dense one, and its certificate; blocks, candidates and rounds on small problems too."""
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -12,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 
 from timm_dl2pa import AssignmentResult, solve_assignment
 from timm_dl2pa.assignment import check_assignment
-from timm_dl2pa.assignment.matching import Products, best_matching, generation, sources
+from timm_dl2pa.assignment.matching import Products, best_matching, generation, sources, sparse
 from timm_dl2pa.assignment.matching import sweep as sweep_module
+from timm_dl2pa.assignment.matching.greedy import match_greedily
 
 
 @contextmanager
@@ -320,6 +322,41 @@ def test_out_of_time(looks):
     check(result, means @ prototypes.T, start, exact=False)
     assert not result.exact and 0 < result.gap < np.inf
     assert (result.objective > result.objective_before) == (looks > 0)
+
+
+def test_a_subproblem_that_takes_too_long_is_matched_greedily(monkeypatch):
+    """The solver of the other process never ends; without its time limit this test would not either."""
+    monkeypatch.setattr(sparse, '_PROGRAM', 'import time; time.sleep(600)')
+    monkeypatch.setattr(sparse, '_MIN_PROCESS_PAIRS', 1)
+    monkeypatch.setattr(generation, '_MAX_DENSE_PAIRS', 0)
+    prototypes, means = unit_rows(900, 6, 0), unit_rows(800, 6, 1)
+    start = np.random.default_rng(2).permutation(900)[:800]
+    began = time.monotonic()
+    result = solve_assignment(class_means=means, prototypes=prototypes, start=start, time_budget=2)
+    assert time.monotonic() - began < 60
+    check(result, means @ prototypes.T, start, exact=False)
+    assert not result.exact and 0 < result.gap < np.inf
+    best = solve_assignment(class_means=means, prototypes=prototypes).objective
+    assert result.objective > result.objective_before + 0.8 * (best - result.objective_before)
+
+
+@given(st.integers(1, 30), st.integers(0, 10), st.integers(1, 6), st.integers(0, 999))
+def test_a_greedy_matching_is_at_least_half_as_good(count, spare, each, seed):
+    generator = np.random.default_rng(seed)
+    width = count + spare
+    rows = np.repeat(np.arange(count), min(each, width))
+    columns = np.concatenate([generator.permutation(width)[:each] for _ in range(count)])
+    profits = generator.integers(1, 9, len(rows)) / 8  # with ties
+    start = generator.permutation(width)[:count]
+    found = match_greedily(profits, rows, columns, start, width)
+    assert len(set(found.tolist())) == count and 0 <= found.min() <= found.max() < width
+    table = np.zeros((count, width))
+    table[rows, columns] = profits
+    best = table[linear_sum_assignment(table, maximize=True)].sum()
+    total = table[np.arange(count), found].sum()
+    assert best / 2 <= total <= best + 1e-9
+    nothing = np.empty(0, np.int64)
+    assert np.array_equal(match_greedily(np.empty(0), nothing, nothing, start, width), start)
 
 
 def test_a_time_budget_that_suffices_changes_nothing():

@@ -136,8 +136,8 @@ def solve_assignment(
             save work if the scores have changed little. Default: class c has prototype c.
         pinned: (C,) bool, the classes that keep their prototype of `start` at any cost. Default: none.
         time_budget: The time limit in seconds. After it, the best assignment so far is returned, with a bound on its
-            gap to the maximum. The last solution of a subproblem may exceed the limit. Default: no limit; the result is
-            optimal.
+            gap to the maximum; where even a subproblem takes too long, it is matched greedily. Preparations and the
+            last step may exceed the limit a little. Default: no limit; the result is optimal.
 
     Returns:
         The assignment, its objective and that of `start`, and the bound and prices that prove its quality, an

@@ -1,6 +1,9 @@
 """Candidate pairs: a sparse assignment problem, its exact solution, and the prices that prove it."""
+import time
+
 import numpy as np
 
+from .greedy import match_greedily
 from .sources import Scores
 from .sparse import solve_sparse
 
@@ -43,17 +46,19 @@ class Candidates:
         self._first = np.searchsorted(self._rows, np.arange(count))
         return len(keys)
 
-    def match(self, prices: np.ndarray) -> np.ndarray:
-        """Return the best assignment among the candidates, by shortest augmenting paths.
+    def match(self, prices: np.ndarray, start: np.ndarray, deadline: float = float('inf')) -> tuple[np.ndarray, bool]:
+        """Return the best assignment among the candidates, by shortest augmenting paths; or a good one, in time.
 
         For C = K, subtracting prices does not change the optimum, and good prices save work: most classes then get
         their most profitable prototype at once.
 
         Args:
             prices: (K,) float64.
+            start: (C,) int64, the assignment before.
+            deadline: The time limit, as a value of `time.monotonic()`. Then the assignment is a greedy one.
 
         Returns:
-            (C,) int64.
+            (C,) int64, and whether it is the best.
         """
         count, width = self._scores.shape
         profits = self._values - prices[self._columns] if count == width else self._values
@@ -61,11 +66,15 @@ class Candidates:
         is_best = np.flatnonzero(profits == best)
         preferred = self._columns[is_best[np.unique(self._rows[is_best], return_index=True)[1]]]
         if np.bincount(preferred, minlength=width).max() == 1:
-            return preferred
+            return preferred, True
         # scipy reads an entry of 0 as a missing pair, hence the 1. The empty last column makes scipy skip its initial
         # auction, which takes very long with near ties.
         costs = best - profits + 1.0
-        return solve_sparse(costs, self._columns, np.append(self._first, len(self)), (count, width + 1))
+        try:
+            return solve_sparse(costs, self._columns, np.append(self._first, len(self)), (count, width + 1),
+                                deadline - time.monotonic()), True
+        except TimeoutError:
+            return match_greedily(profits, self._rows, self._columns, start, width), False
 
     def prices(self, assignment: np.ndarray, start: np.ndarray) -> np.ndarray:
         """Return prices at which the assignment gives every class its most profitable candidate.

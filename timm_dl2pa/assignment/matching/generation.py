@@ -63,8 +63,8 @@ def best_matching(
         start: (C,) int64, the current assignment. The result is no worse.
         prices: (K,) float64, initial prices, from an earlier result. Default: derived from the mean score of each
             prototype.
-        deadline: The time limit, as a value of `time.monotonic()`. A pass stops after four fifths of the remaining
-            time, and the result is the optimum among the candidates so far. That last solution may exceed the limit.
+        deadline: The time limit, as a value of `time.monotonic()`. A pass stops after half of the remaining time, and
+            the result is the optimum among the candidates so far, or a greedy matching of them if that takes longer.
 
     Returns:
         The assignment, and the prices and the bound that prove its quality.
@@ -86,7 +86,7 @@ def best_matching(
         found = sweep(scores, prices, assignment, own - prices[assignment], tolerance=_TOLERANCE,
                       width=_PAIRS_PER_CLASS << max(0, turn - _ROUNDS_BEFORE_DOUBLING),
                       report_all=competing and not all_reported,
-                      deadline=0.2 * time.monotonic() + 0.8 * deadline)
+                      deadline=0.5 * time.monotonic() + 0.5 * deadline)
         all_reported |= competing
         competing = True
         bound = float(found.best.sum() + np.partition(prices, width - count)[width - count:].sum())
@@ -95,11 +95,14 @@ def best_matching(
         if best_bound - own.sum() <= count * _TOLERANCE:
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), True)
         num_new = candidates.add(found.rows, found.columns)
+        in_time = True
         if num_new:
-            assignment = _better(scores, candidates.match(prices), assignment)
+            matched, in_time = candidates.match(prices, assignment, deadline)
+            assignment = _better(scores, matched, assignment)
             own = scores.pairs(classes, assignment)
         exact = best_bound - own.sum() <= count * _TOLERANCE
-        out_of_budget = not found.complete or time.monotonic() > deadline or len(candidates) > _MAX_CANDIDATES
+        in_time &= found.complete and time.monotonic() <= deadline
+        out_of_budget = not in_time or len(candidates) > _MAX_CANDIDATES
         if exact or out_of_budget or (not num_new and turn):
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), bool(exact))
         prices = candidates.prices(assignment, prices)
