@@ -18,9 +18,9 @@ _RIDGE = 1.0
 _SPREAD = 1.0
 _SPREAD_STEPS = 40
 _SPREAD_RATE = 0.13
-# Pairs of classes whose energy one step counts: all up to 8,192 classes, beyond it of all classes with one block after
+# Pairs of classes whose energy one step counts: all up to 4,096 classes, beyond it of all classes with one block after
 # the other, of 64 classes at least.
-_SPREAD_PAIRS = 2 ** 26
+_SPREAD_PAIRS = 2 ** 24
 # How far cosines between class prototypes may be from those of a simplex.
 _TOLERANCE = 1e-4
 # Scores of all restarts of a rotation.
@@ -152,7 +152,8 @@ def _energy_gradient(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor
     chosen, total, gradient = points[others], 0.0, torch.empty_like(points)
     for rows in block_rows(len(points), len(chosen)):
         kernel = (UNIFORMITY * (points[rows] @ chosen.t() - 1)).exp_()
-        kernel[torch.arange(rows.start, rows.stop).unsqueeze(1) == others] = 0.0
+        own = ((others >= rows.start) & (others < rows.stop)).nonzero().squeeze(1)
+        kernel[others[own] - rows.start, own] = 0.0
         total += float(kernel.sum())
         gradient[rows] = kernel @ chosen
     return gradient.mul_(2 * UNIFORMITY / total)
