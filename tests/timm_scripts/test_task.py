@@ -245,7 +245,8 @@ def test_the_task_trains_as_the_plain_loop_does(tmp_path, caplog, interval):
         (u.step, u.epoch, u.moved, u.objective) for u in history]
     assert [update.step for update in ours] == ([4, 8] if interval == 'epoch' else [4, 6, 8, 10])
     assert [update.event for update in ours] == ['placed', *['resolve'] * (len(ours) - 1)]
-    assert any(update.moved for update in ours) and task.dl2pa_heads[0].config.own_prototypes
+    # Placed for an epoch, the labels need not move.
+    assert (interval == 'epoch' or any(update.moved for update in ours)) and task.dl2pa_heads[0].config.own_prototypes
 
     # What the user sees: one line at the start and one a re-solve, a file beside the summary, and the summary.
     lines = [record.message for record in caplog.records if record.message.startswith('DL2PA')]
