@@ -3,6 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn as nn
 
 from tests.helpers import reference
@@ -60,7 +61,7 @@ def test_forward_and_backward(make_head, device, precision, share, compiled, mon
         torch.compiler.reset()
         # Seen with PyTorch 2.11: its cache of compiled graphs takes one made for bfloat16 where float16 is asked for.
         if torch.__version__ < '2.12':
-            monkeypatch.setattr(torch._functorch.config, 'enable_autograd_cache', False)
+            monkeypatch.setattr(functorch_config, 'enable_autograd_cache', False)
         forward = torch.compile(head, fullgraph=True, backend='inductor' if device.type == 'cuda' else 'aot_eager')
     x.requires_grad_()
     with autocast(device, precision):
