@@ -90,6 +90,10 @@ def test_the_config_files_model_kwargs_are_kept(start, tmp_path):
     for flag in ('-c', '--config'):
         assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', flag, str(config), 'x')[0] == [
             flag, str(config), 'x', '--model-kwargs', 'act=relu', 'sizes=[1, 2]', 'dl2pa_dim=3']
+    spaced = tmp_path / 'spaced.yaml'
+    spaced.write_text('model_kwargs:\n  dl2pa_warmup_length: 5 epochs\n')
+    assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', '--config', str(spaced))[0] == [
+        '--config', str(spaced), '--model-kwargs', "dl2pa_warmup_length='5 epochs'", 'dl2pa_dim=3']
     # As in argparse, what stands on the command line hides the file's, and the last one counts.
     given = ['--config', str(config), '--model-kwargs', 'a=1', '--model-kw', 'b=2', 'c=3', '--lr', '1', '--', 'x']
     assert start(ARGUMENTS, '--dl2pa-dim', '3', 'SCRIPT', *given)[0] == [

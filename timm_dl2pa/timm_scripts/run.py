@@ -149,7 +149,7 @@ def _with_model_kwargs(argv: Sequence[str], given: dict[str, str]) -> list[str]:
     path = config.parse_known_args(kept)[0].config
     if path and not from_command_line:
         values = _config_model_kwargs(path)
-        kwargs = [f'{name}={value}' if isinstance(value, str) else f'{name}={value!r}'
+        kwargs = [f'{name}={_quoted(value) if isinstance(value, str) else repr(value)}'
                   for name, value in values.items() if name not in given]
     kwargs = [word for word in kwargs if word.partition('=')[0] not in given]
     return [*kept, _FLAG, *kwargs, *(f'{name}={_quoted(value)}' for name, value in given.items()), *tail]
