@@ -17,7 +17,7 @@ from image_arrays import Images, augment, keep_classes, load_images
 from many_classes_methods import METHODS, PLACED, embed, make_classifier, make_loss, make_scheduler
 from timm.optim import create_optimizer_v2
 
-from timm_dl2pa import DL2PAHead, prime
+from timm_dl2pa import prime
 
 __all__ = ['FEATURES', 'Setting', 'run']
 
@@ -184,9 +184,10 @@ class _Training:
         if self.scheduler is not None:
             found['moved'] = [update.moved for update in self.scheduler.history]
         found['top1_by_class_means'] = self.top1_by_class_means()
-        if isinstance(self.classifier, DL2PAHead) and self.setting.method in PLACED:
+        if setting.method in PLACED:
             began = time.process_time()
-            prime(nn.Sequential(self.backbone, self.classifier).eval(), self.plain_batches(), progress=False)
+            model = nn.Sequential(self.backbone, self.classifier).eval()
+            prime(model, zip(self.plain(images.x_train), images.y_train.split(_BLOCK)), progress=False)
             found['prime_cpu_seconds'] = time.process_time() - began
             found['top1_primed'] = self.measures()['top1']
         return {name: float(f'{value:.5g}') if isinstance(value, float) else value for name, value in found.items()}
@@ -260,29 +261,23 @@ class _Training:
         images = self.data.images
         self.backbone.eval()
         self.classifier.eval()
-        sums: torch.Tensor | float = 0.0
-        for features, labels in zip(self.features(images.x_train), images.y_train.split(_BLOCK)):
-            embeddings = F.normalize(embed(self.classifier, features), dim=1)
-            if not isinstance(sums, torch.Tensor):
-                sums = embeddings.new_zeros(images.num_classes, embeddings.shape[1])
-            sums.index_add_(0, labels, embeddings)
+        embeddings = torch.cat([F.normalize(embed(self.classifier, part), dim=1)
+                                for part in self.features(images.x_train)])
+        sums = embeddings.new_zeros(images.num_classes, embeddings.shape[1]).index_add_(0, images.y_train, embeddings)
         means, right = F.normalize(sums, dim=1), 0
         for features, labels in zip(self.features(images.x_test), images.y_test.split(_BLOCK)):
             right += int(((embed(self.classifier, features) @ means.t()).argmax(dim=1) == labels).sum())
         return 100 * right / len(images.x_test)
 
-    def plain_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the training images once, as test images are varied, and their labels."""
-        generator = torch.Generator().manual_seed(0)
-        for x, labels in zip(self.data.images.x_train.split(_BLOCK), self.data.images.y_train.split(_BLOCK)):
-            yield self.normalised(self.data.vary(x, generator) if self.data.vary_tests else x.float()), labels
-
     def features(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the features of blocks of images, varied once and for all where the data are."""
+        """Yield the features of blocks of images."""
+        return (self.backbone(part) for part in self.plain(x))
+
+    def plain(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield blocks of images, normalised, varied once and for all where the data are."""
         generator = torch.Generator().manual_seed(0)
         for part in x.split(_BLOCK):
-            part = self.data.vary(part, generator) if self.data.vary_tests else part.float()
-            yield self.backbone(self.normalised(part))
+            yield self.normalised(self.data.vary(part, generator) if self.data.vary_tests else part.float())
 
 
 def _peak_memory() -> int:

@@ -1,6 +1,7 @@
 """The GPU's benchmark on a machine without one: what it would run, that it runs, that nothing is lost on the way."""
 import io
 import json
+import os
 import sys
 import tarfile
 import time
@@ -21,6 +22,7 @@ import image_arrays
 import readme_tables
 from accuracy_recipe import SIZES, Recipe
 from gpu_pack import pack, unpack
+from gpu_sharing import shared_gpu
 from gpu_work import Work
 from pack_tiny_imagenet import pack_tiny_imagenet
 from partial_fc import PartialFC
@@ -244,3 +246,16 @@ def test_the_dry_run_does_every_step(tmp_path):
         assert {'gpu', 'driver', 'cuda', 'torch', 'commit'} <= set(record['environment'])
     unpack([tmp_path / 'packed' / 'results.tar'], tmp_path / 'results', tmp_path / 'results')
     assert all(step.done(tmp_path / 'results') for step in toys)
+
+
+def test_without_a_device_mps_is_ended_again(tmp_path, monkeypatch):
+    """By a control program that writes down what it is told. No process finds a device through it."""
+    control = tmp_path / 'nvidia-cuda-mps-control'
+    control.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n[ "$1" = -d ] || cat >> {tmp_path}/told\n')
+    control.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with shared_gpu() as variables:
+        assert variables == {}
+        assert (tmp_path / 'told').read_text().split() == ['-d']
+    assert (tmp_path / 'told').read_text().split() == ['-d', 'quit']
