@@ -88,7 +88,7 @@ def _steps(device: str, seconds: float, parallel: int, epoch: float) -> list[Ste
     fits = 8 * SIZES['distiller']['epochs'] * epoch / parallel <= seconds
     order = ('distiller', 'paper') if fits else ('distiller_100', 'distiller', 'paper')
     return [
-        Step('tests', 'tests', 'gpu_tests.py', on, f'gpu_tests_{device}.json', 30, 150, complete=_tests_passed),
+        Step('tests', 'tests', 'gpu_tests.py', on, f'gpu_tests_{device}.json', 30, 120, complete=_tests_passed),
         Step('head_step', 'head_step', 'head_step.py',
              (*on, '--batch-size', '256', '--sizes', *HEAD_STEP_SIZES, '--resume'), f'head_step_{device}.json', 30, 150,
              complete=lambda record: len(record['results']) >= len(HEAD_STEP_SIZES)),

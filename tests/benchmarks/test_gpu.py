@@ -45,7 +45,7 @@ def test_the_steps_are_those_asked_for_the_most_telling_first():
     assert all('distiller_100' in step.arguments for step in cifar[:24])
     # Where the long schedule fits, the short one is not run.
     assert not any('distiller_100' in step.arguments for step in steps(epoch=0.5) if step.kind == 'cifar')
-    assert next(step for step in found if step.kind == 'tests').limit <= 150
+    assert next(step for step in found if step.kind == 'tests').limit <= 120
 
 
 def script(folder, name, text):
