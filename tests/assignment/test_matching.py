@@ -21,7 +21,7 @@ from timm_dl2pa.assignment.matching.greedy import match_greedily
 @contextmanager
 def small_steps(width=1):
     """No problem is small enough to be solved at once; a block is a few rows, a pass adds a pair or so for a class."""
-    with mock.patch.multiple(generation, _MAX_DENSE_PAIRS=0, _PAIRS_PER_CLASS=width), \
+    with mock.patch.multiple(generation, _SMALL_PAIRS=0, _MAX_DENSE_PAIRS=0, _PAIRS_PER_CLASS=width), \
             mock.patch.multiple(sources, _BLOCK_SCORES=8, _MIN_BLOCK_ROWS=2, _PAIRS_AT_A_TIME=5):
         yield
 
@@ -35,7 +35,7 @@ def counted_passes():
         passes.append(1)
         return sweep_module.sweep(*args, **kwargs)
 
-    with mock.patch.multiple(generation, sweep=counting, _MAX_DENSE_PAIRS=0):
+    with mock.patch.multiple(generation, sweep=counting, _SMALL_PAIRS=0, _MAX_DENSE_PAIRS=0):
         yield passes
 
 
@@ -328,6 +328,7 @@ def test_a_subproblem_that_takes_too_long_is_matched_greedily(monkeypatch):
     """The solver of the other process never ends; without its time limit this test would not either."""
     monkeypatch.setattr(sparse, '_PROGRAM', 'import time; time.sleep(600)')
     monkeypatch.setattr(sparse, '_MIN_PROCESS_PAIRS', 1)
+    monkeypatch.setattr(generation, '_SMALL_PAIRS', 0)
     monkeypatch.setattr(generation, '_MAX_DENSE_PAIRS', 0)
     prototypes, means = unit_rows(900, 6, 0), unit_rows(800, 6, 1)
     start = np.random.default_rng(2).permutation(900)[:800]
@@ -405,3 +406,17 @@ def test_on_a_gpu(given):
 def test_errors_name_the_trouble(arguments, message):
     with pytest.raises(ValueError, match=message):
         solve_assignment(np.eye(3), **arguments)
+
+
+@pytest.mark.parametrize('spare', [0, 30])
+def test_few_moves_take_a_pass_and_many_are_solved_densely(spare):
+    """From a start in which few classes move, no dense problem is solved; from a random one, no pass is made."""
+    prototypes = unit_rows(300 + spare, 40, 0)
+    means = prototypes[:300] + 0.8 * unit_rows(300, 40, 1)
+    near, far = np.arange(300), np.random.default_rng(2).permutation(300)
+    near[[5, 70]] = near[[70, 5]]
+    best = linear_sum_assignment(means @ prototypes.T, maximize=True)[1]
+    for start, unused in ((near, '_dense_matching'), (far, 'sweep')):
+        with mock.patch.object(generation, unused, side_effect=AssertionError(unused)):
+            found = best_matching(Products(means, prototypes), start)
+        assert found.exact and np.array_equal(found.assignment, best)

@@ -97,6 +97,7 @@ def sparse_apart(monkeypatch):
 
     monkeypatch.setattr(sparse, '_MIN_PROCESS_PAIRS', 0)
     monkeypatch.setattr(sparse, 'min_weight_full_bipartite_matching', refuse)
+    monkeypatch.setattr(generation, '_SMALL_PAIRS', 0)
     monkeypatch.setattr(generation, '_MAX_DENSE_PAIRS', 0)
 
 

@@ -37,16 +37,16 @@ def tight_prices(table: np.ndarray, assignment: np.ndarray, start: np.ndarray) -
     own = table[np.arange(count), assignment]
     spare = np.ones(width, bool)
     spare[assignment] = False
-    prices, room = start.copy(), np.empty_like(table)
+    prices, columns = start.copy(), np.ascontiguousarray(table.T)
+    # Only prototypes whose prices have changed can change others'.
+    changed = np.arange(width)
     for _ in range(width + 1):
-        np.subtract(prices, table, out=room)
-        lower = np.minimum(prices[assignment], room.min(axis=1) + own)
-        change = (prices[assignment] - lower).max()
-        prices[assignment] = lower
+        before = prices.copy()
+        losses = prices[changed, None] - (columns if len(changed) == width else columns[changed])
+        prices[assignment] = np.minimum(prices[assignment], losses.min(axis=0) + own)
         if count < width:
-            least = lower.min()
-            change = max(change, (prices[spare] - least).max())
-            prices[spare] = np.minimum(prices[spare], least)
-        if change <= _ROUNDING:
+            prices[spare] = np.minimum(prices[spare], prices[assignment].min())
+        changed = np.flatnonzero(before - prices > _ROUNDING)
+        if not len(changed):
             break
     return prices - prices.min()

@@ -12,8 +12,13 @@ from .sweep import sweep
 
 __all__ = ['Matching', 'best_matching']
 
-# Problems of at most this many pairs, 4 MB, are solved densely. Beyond it, few candidates take no longer.
-_MAX_DENSE_PAIRS = 2 ** 19
+# Problems of at most this many pairs are solved densely: a pass in blocks would take longer.
+_SMALL_PAIRS = 2 ** 15
+# So are those of at most this many pairs, 8 MB, if more than this share of so many classes does not have its best
+# prototype at first. Beyond it, few candidates take no longer.
+_MAX_DENSE_PAIRS = 2 ** 20
+_MAX_SPARSE_SHARE = 0.1
+_PROBED_CLASSES = 64
 # The pairs that a pass adds for each class. After some rounds the number doubles every round, because ties would
 # otherwise take many rounds.
 _PAIRS_PER_CLASS = 16
@@ -71,7 +76,7 @@ def best_matching(
     """
     count, width = scores.shape
     classes = np.arange(count)
-    if count * width <= _MAX_DENSE_PAIRS:
+    if _is_solved_densely(scores, start, prices):
         return _dense_matching(scores, start, prices)
     candidates = Candidates(scores, start)
     assignment = start
@@ -106,6 +111,16 @@ def best_matching(
         if exact or out_of_budget or (not num_new and turn):
             return Matching(assignment, best_prices, max(best_bound, float(own.sum())), bool(exact))
         prices = candidates.prices(assignment, prices)
+
+
+def _is_solved_densely(scores: Scores, start: np.ndarray, prices: np.ndarray | None) -> bool:
+    """Return whether a problem is small, or small enough for one in which many classes will move."""
+    count, width = scores.shape
+    if count * width <= _SMALL_PAIRS or count * width > _MAX_DENSE_PAIRS:
+        return count * width <= _SMALL_PAIRS
+    probed = np.linspace(0, count - 1, min(_PROBED_CLASSES, count)).astype(np.int64)
+    profits = scores.exact(probed) - (_initial_prices(scores) if prices is None else prices)
+    return bool((profits.argmax(axis=1) != start[probed]).mean() > _MAX_SPARSE_SHARE)
 
 
 def _dense_matching(scores: Scores, start: np.ndarray, prices: np.ndarray | None) -> Matching:
