@@ -7,7 +7,7 @@ timm's default (momentum 0.9, weight decay 2e-5):
 - criterion: the plugin, a DL2PA head, the same cross-entropy on its logits;
 - squared_cosine: the plugin with dl2pa_loss=squared_cosine.
 
-The plugin's warm-up is under way throughout, as in the first four fifths of a training: its steps
+The plugin's warm-up is under way throughout, as in the first nine tenths of a training: its steps
 cost more than those after.
 
 The tracking (what the assignment's scheduler does at each batch, re-solves aside) is timed within a further step of

@@ -70,7 +70,7 @@ class PluginOptions:
         ValueError: A value has the wrong type, is not one of the choices, or is out of range. What depends on the model
             and on other options is checked by what the values are for.
     """
-    recipe: RecipeName = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for 80 % '
+    recipe: RecipeName = _option('head', DEFAULT_RECIPE, (str,), 'placed (prototypes move with their classes for 90 % '
                                  'of the training), even (the evenly spread set, rotated once) or paper (the '
                                  'published method); sets warm-up, loss, neck and scale', tuple(RECIPES))
     dim: int = _option('head', 128, (int,), 'd, the dimension of the embeddings', limits=_AT_LEAST_1)

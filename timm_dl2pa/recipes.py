@@ -33,14 +33,14 @@ class Recipe:
     loss: LossName = 'criterion'
     loss_arguments: dict[str, Any] = field(default_factory=dict)
     warmup: WarmupName = 'none'
-    warmup_length: str = '80 %'
+    warmup_length: str = '90 %'
     momentum: float = 0.5
     memory: float | None = None
     random_start: bool = False
 
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    # Prototypes move with their classes for four fifths of the training, then they are fixed: accuracy.
+    # Prototypes move with their classes for nine tenths of the training, then they are fixed: accuracy.
     Recipe(name='placed', warmup='placed'),
     # Evenly spread prototypes, rotated as a whole once and matched, then fixed: margins that are known.
     Recipe(name='even', warmup='rotated', warmup_length='1 epoch'),

@@ -414,14 +414,14 @@ def test_the_warmup_ends_with_the_whole_set_rotated_to_the_means(make_head):
 @pytest.mark.parametrize('arguments, first', [
     (dict(interval=2, warmup_length=3), 3), (dict(interval=2, warmup_length=1, start=4), 1),
     (dict(interval=2, recipe='even'), 2), (dict(interval=2, recipe='even', stop=1), 2),
-    (dict(interval=2, warmup='rotated'), 2), (dict(interval=2, warmup='none'), 2), (dict(interval=2, total=9), 7),
+    (dict(interval=2, warmup='rotated'), 2), (dict(interval=2, warmup='none'), 2), (dict(interval=2, total=9), 8),
     (dict(interval=2, total=9, warmup_length='34 %'), 3), (dict(interval=2, total=9, recipe='even'), 2),
     (dict(interval=2, total=1), 1), (dict(interval=2, total='8 epochs', warmup_length='3 batches'), 3)])
 def test_how_long_the_warmup_takes(make_head, arguments, first):
     head = make_head()
     scheduler = AssignmentScheduler(head, **arguments)
     assert scheduler.warming_up == (arguments.get('warmup') != 'none')
-    updates = [feed(head, scheduler, step) for step in range(8)]
+    updates = [feed(head, scheduler, step) for step in range(9)]
     assert next(update.step for update in updates if update) == first and not scheduler.warming_up
 
 
@@ -434,7 +434,7 @@ def test_without_the_length_of_the_training_prototypes_move_until_they_are_told_
             assert feed(head, scheduler, step) is None
             scheduler.epoch_end()
         assert scheduler.warming_up and not torch.allclose(head.prototypes, before, atol=1e-3)
-        scheduler.clock.total = 8  # known later
+        scheduler.clock.total = 7  # known later
         assert feed(head, scheduler, 6).event == 'placed'
 
 

@@ -60,7 +60,7 @@ class Training:
     def command(self, name, *flags, dim=3, plugin=True, processes=1, model='test_resnet', options=(), kwargs=(),
                 epochs=3):
         if dim:
-            # So that re-solves come: four fifths of three epochs leave no whole epoch.
+            # So that re-solves come: nine tenths of three epochs leave no whole epoch.
             if not any(option.startswith('warmup') for option in options):
                 options = [*options, "warmup_length='1 epoch'"]
             kwargs = [*kwargs, f'dl2pa_dim={dim}', *(f'dl2pa_{option}' for option in options)]

@@ -56,16 +56,17 @@ class ClassMeans:
         return self
 
     @torch.no_grad()
-    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor, weight: float = 1.0) -> None:
         """Fold a batch in. Costs O(B d), and a pass over soft targets; never waits for the device.
 
         Args:
             embeddings: (B, d), unit rows, float32.
             targets: Class indices (B,), where -100 marks a sample that is left out; or soft targets (B, C) as mixup and
                 cutmix make them: of each row, the two largest entries count, by how far they rise above the row's
-                smallest, which takes out the constant that label smoothing adds. Each sample has the total weight 1.
+                smallest, which takes out the constant that label smoothing adds. Each sample has the same weight.
                 (With C = 2 a mixed sample is one of its main class: there the other share cannot be told from
                 smoothing.)
+            weight: Of each sample.
 
         Raises:
             ValueError: The shapes do not fit. Labels out of range and values that are not finite are found by `check`.
@@ -76,7 +77,7 @@ class ClassMeans:
         self._note_labels(targets)
         for labels, share in shares_of(targets, self.num_classes):
             # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
-            self.sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0))
+            self.sums.index_add_(0, labels, torch.where(share != 0, weight * share * embeddings, 0.0))
 
     def _note_labels(self, targets: torch.Tensor) -> None:
         if targets.ndim == 1:
@@ -202,9 +203,9 @@ class MovingClassMeans(ClassMeans):
         return self
 
     @torch.no_grad()
-    def add(self, embeddings: torch.Tensor, targets: torch.Tensor) -> None:
+    def add(self, embeddings: torch.Tensor, targets: torch.Tensor, weight: float = 1.0) -> None:
         """Fold a batch in, as `ClassMeans.add` does. In a distributed run every process must call it, also with no
-        samples."""
+        samples. The weight has no effect: the latest samples count most as it is."""
         check_targets(targets, embeddings, self.num_classes)
         if len(targets) > 0:
             self._note_labels(targets)

@@ -22,6 +22,8 @@ _STEP = 0.3
 _STEP_OF_A_SAMPLE = 1.5
 # Where nobody knows when the warm-up ends: samples per class after which the step is half as long.
 _HALVED_AFTER = 50
+# Samples of a class in the warm-up by which the mean of its embeddings counts half as much as its prototype.
+_MEAN_HALVED_AFTER = 50
 # Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
 # From two over it on, the steps would overshoot and scatter the classes.
 _LONGEST = 1.5
@@ -211,7 +213,7 @@ def _curvature(num_classes: int, dim: int) -> float:
 
 
 class PlacedWarmup(Warmup):
-    """Moves the prototypes of the classes after each batch; at its end they stay where they are.
+    """Moves the prototypes of the classes after each batch, and at its end once more by the class means.
 
     A head, and a checkpoint of it, always has the prototypes that it is trained with.
 
@@ -249,11 +251,23 @@ class PlacedWarmup(Warmup):
         for head in self.heads:
             head.move_class_prototypes(vectors, classes)
 
+    def weight(self, batches: int) -> float:
+        """Let samples count by the square of the time, so that the class means are those of the end."""
+        return (batches + 1.0) ** 2
+
     def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
-        """Return the assignment in force: nothing is left to solve. See `Warmup.solve`."""
+        """Return the assignment in force, and prototypes moved once more, by the class means.
+
+        Those of classes with few samples lag behind their embeddings. With n samples, the prototype v and the class
+        mean m, they come to v + m / (1 + (n / 50)^2), normalised.
+        """
         head = self.heads[0]
-        objective = float((class_means * head.class_prototypes.cpu().double()).sum())
-        return AssignmentResult(head.assignment.cpu(), 0, objective, objective), None
+        before, means = head.class_prototypes.cpu(), class_means.float()
+        counts = self.placement.counts.cpu().unsqueeze(1)
+        vectors = torch.nn.functional.normalize(before + means / (1 + (counts / _MEAN_HALVED_AFTER) ** 2), dim=1)
+        prototypes = head.prototypes.cpu().index_copy(0, head.assignment.cpu(), vectors)
+        return AssignmentResult(head.assignment.cpu(), 0, *(float((means * each).sum()) for each in (before, vectors))
+                                ), prototypes
 
     def state_dict(self) -> dict[str, Any]:
         """See `Warmup.state_dict`. The prototypes are the model's."""

@@ -34,7 +34,7 @@ class AssignmentScheduler:
     its metric was measured with.
 
     The recipe decides the warm-up, after which labels alone move, and the class means. 'placed' moves prototypes with
-    their classes for 80 % of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
+    their classes for 90 % of the training; 'even' rotates the evenly spread set once; 'paper' matches from the start,
     by the paper's moving average. The class means of the first two are running sums, which do not depend on how samples
     fall into batches or processes. In a distributed run every process must make the same calls. Of several heads the
     first is observed, and all get its assignment. A second scheduler on a model takes the place of the first.
@@ -178,7 +178,8 @@ class AssignmentScheduler:
         update = self.resolve_if_due()
         targets = targets.to(embeddings.device, non_blocking=True)
         embeddings, targets, tally = samples_that_count(embeddings, targets, self.ignore_index)
-        self.class_means.to(embeddings.device).add(embeddings, targets)
+        weight = self.warmup.weight(self.steps) if self.warmup else 1.0
+        self.class_means.to(embeddings.device).add(embeddings, targets, weight)
         self.class_means.count(tally)
         if self.warmup:
             self.warmup.add(embeddings, targets, self.clock.share_of(self.warmup_length))

@@ -55,6 +55,10 @@ class Warmup(ABC):
             share: Of the warm-up that is over, from 0 to 1; None where nobody knows.
         """
 
+    def weight(self, batches: int) -> float:
+        """Return how much a sample counts in the class means of `solve` that comes after so many batches."""
+        return 1.0
+
     @abstractmethod
     def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Return the assignment at its end, and the prototypes (K, d) if they change with it.
