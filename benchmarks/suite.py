@@ -45,7 +45,7 @@ _PLAIN = '_plain'
 TRAININGS = {'sgd': (0.1, 0.03, 1e-4), 'adamw': (3e-3, 1e-3, 0.05)}
 SHARES = {'tenth': 0.1, 'half': 0.5, 'all': 1.0}
 # Batches of a training.
-STEPS = {'digits': 300, 'ideographs': 1200, 'long_tail': 1200, 'cifar100': 1200}
+STEPS = {'digits': 300, 'ideographs': 1200, 'long_tail': 1200, 'cifar100': 1200, 'cifar100_longer': 6000}
 _STEPS = 840
 _BATCH = 64
 
@@ -138,7 +138,7 @@ def run(setting: Setting, samples: Samples) -> dict[str, Any]:
         index = order[step % epoch * _BATCH:(step % epoch + 1) * _BATCH]
         images = (x[index].float() - mean) / deviation
         if not samples.are_features:
-            images = augment(images, max(1, x.shape[2] // 16), setting.data in ('cifar20', 'cifar100', 'long_tail'),
+            images = augment(images, max(1, x.shape[2] // 16), setting.data.startswith(('cifar', 'long_tail')),
                              generator)
         for group in optimizer.param_groups:
             group['lr'] = rate * learning_rate(setting.training, step / steps)

@@ -1,8 +1,9 @@
-"""The data sets of `suite.py`: of different kinds, small enough to train on within a minute, tested on held-out images.
+"""The data sets of `suite.py`: of different kinds, small enough to train on within minutes, tested on held-out images.
 
 digits          scikit-learn's: 10 classes, 8 x 8 pixels, 1,440 training images
 cifar20         CIFAR-100, 20 training images a class
 cifar100        CIFAR-100, 100 training images a class
+cifar100_longer the same, five times as many steps
 long_tail       CIFAR-100, 450 training images of the largest class, 4 of the smallest (imbalance 0.01)
 letters         400 letters as 12 faces of DejaVu draw them, 15 images a class; two faces are held out
 ideographs      1,000 ideographs of GB 2312, 15 images a class; four families of fonts are held out
@@ -22,7 +23,7 @@ from image_arrays import Images, load_images, long_tail
 
 __all__ = ['DATA', 'Samples', 'load_samples']
 
-DATA = ('digits', 'cifar20', 'cifar100', 'long_tail', 'letters', 'ideographs', 'features', 'grocery')
+DATA = ('digits', 'cifar20', 'cifar100', 'cifar100_longer', 'long_tail', 'letters', 'ideographs', 'features', 'grocery')
 _HELD_OUT = 50
 _FEATURES_SIZE = {'features': 96, 'grocery': 128}
 
@@ -53,7 +54,7 @@ def load_samples(name: str, *, arrays: str | None, grocery: str | None, weights:
         ValueError: The name is unknown, or what it needs was not given.
     """
     needed = {'grocery': grocery and weights, 'features': arrays and weights, 'cifar20': arrays, 'cifar100': arrays,
-              'long_tail': arrays}
+              'cifar100_longer': arrays, 'long_tail': arrays}
     if name not in DATA or not needed.get(name, True):
         raise ValueError(f'data must be one of {", ".join(DATA)}, and {name} needs --arrays, --grocery or --weights: '
                          f'see the head of suite_data.py.')
@@ -73,7 +74,7 @@ def load_samples(name: str, *, arrays: str | None, grocery: str | None, weights:
         train, test = _split(images.y_train, lambda own: len(own) - _HELD_OUT, lambda own: _HELD_OUT)
         rest = long_tail(_chosen(images, train, test), 0.01)
         return Samples.of(rest)
-    number = 100 if name == 'cifar100' else 20
+    number = 100 if name.startswith('cifar100') else 20
     train, test = _split(images.y_train, lambda own: number, lambda own: _HELD_OUT)
     images = _chosen(images, train, test)
     if name == 'features':
