@@ -14,7 +14,8 @@ matched     the same, re-solved after each epoch from the class means
 paper       the published method: linear neck, squared cosine, re-solved each epoch by the paper's moving average
 even, placed
 
-A method ending in `_plain` has a linear neck without batch norm and a fixed scale. Trainings: `sgd` (momentum, steps at
+A method ending in `_plain` has a linear neck without batch norm and a fixed scale; one ending in `_balanced` is trained
+by balanced softmax, for the long tail. Trainings: `sgd` (momentum, steps at
 a half and four fifths) and `adamw` (cosine). Each run adds its row at once, and is not run again.
 """
 import argparse
@@ -34,13 +35,13 @@ from image_arrays import augment
 from results_file import Runs, add_output_argument, read_results
 from suite_data import DATA, Samples, load_samples
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, SquaredCosineLoss, default_scale
+from timm_dl2pa import AssignmentScheduler, BalancedSoftmaxLoss, DL2PAHead, SquaredCosineLoss, default_scale
 from timm_dl2pa.recipes import RECIPES
 
 NAME = 'suite'
 LEARNED = ('linear', 'linear_bn', 'cosine')
 METHODS = (*LEARNED, 'static', 'matched', 'paper', 'even', 'placed')
-_PLAIN = '_plain'
+_PLAIN, _BALANCED = '_plain', '_balanced'
 # Learning rates, smaller for features, and weight decays.
 TRAININGS = {'sgd': (0.1, 0.03, 1e-4), 'adamw': (3e-3, 1e-3, 0.05)}
 SHARES = {'tenth': 0.1, 'half': 0.5, 'all': 1.0}
@@ -58,6 +59,11 @@ class Setting:
     dim: int | None
     training: str
     seed: int
+
+
+def base_of(method: str) -> str:
+    """Return a method's name without what it ends in."""
+    return method.removesuffix(_PLAIN).removesuffix(_BALANCED)
 
 
 class Backbone(nn.Module):
@@ -80,8 +86,7 @@ class Backbone(nn.Module):
 
 def make_classifier(setting: Setting, features: int, num_classes: int) -> nn.Module:
     """Return the classifier of a method. Draws from the global generator."""
-    method, dim = setting.method.removesuffix(_PLAIN), setting.dim
-    plain = method != setting.method
+    method, dim, plain = base_of(setting.method), setting.dim, setting.method.endswith(_PLAIN)
     if method == 'linear':
         return nn.Linear(features, num_classes)
     if method in LEARNED:
@@ -97,7 +102,7 @@ def make_classifier(setting: Setting, features: int, num_classes: int) -> nn.Mod
 def make_scheduler(setting: Setting, head: nn.Module, steps: int, epoch: int) -> AssignmentScheduler | None:
     if not isinstance(head, DL2PAHead):
         return None
-    method = setting.method.removesuffix(_PLAIN)
+    method = base_of(setting.method)
     more = {'static': {'stop': 0}, 'matched': {'warmup': 'none'}, 'even': {'warmup_length': epoch}}.get(method, {})
     return AssignmentScheduler(head, interval=epoch, total=steps, **more)
 
@@ -125,7 +130,9 @@ def run(setting: Setting, samples: Samples) -> dict[str, Any]:
         if setting.training == 'sgd' else torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
     steps, epoch = STEPS.get(setting.data, _STEPS), len(x) // _BATCH
     scheduler = make_scheduler(setting, classifier, steps, epoch)
-    criterion: nn.Module = nn.CrossEntropyLoss()
+    counts = torch.bincount(y, minlength=samples.num_classes)
+    criterion: nn.Module = BalancedSoftmaxLoss(samples.num_classes, counts) if setting.method.endswith(_BALANCED) \
+        else nn.CrossEntropyLoss()
     if setting.method.startswith('paper'):
         criterion = SquaredCosineLoss(classifier)
         rate /= 4  # The paper's sum over 128 images at 0.01 is a mean times 12.8 at 0.1; ours is a mean times 30.
@@ -157,7 +164,6 @@ def run(setting: Setting, samples: Samples) -> dict[str, Any]:
         logits = torch.cat([classifier(part) for part in features.split(500)])
         embeddings = classifier.embed(features) if scheduler is not None else \
             classifier[:-1](features) if isinstance(classifier, nn.Sequential) else features
-    counts = torch.bincount(y, minlength=samples.num_classes)
     right = (logits.argmax(dim=1) == samples.y_test).float()
     found = {'top1': 100 * float(right.mean()), 'calibration_error': metrics.calibration_error(logits, samples.y_test),
              'recall_at_1': metrics.recall_at_1(embeddings, samples.y_test), 'train_loss': loss.item(),
@@ -190,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', nargs='+', choices=DATA, default=DATA)
     parser.add_argument('--methods', nargs='+', default=METHODS,
-                        choices=(*METHODS, *(method + _PLAIN for method in METHODS)))
+                        choices=(*METHODS, *(method + end for method in METHODS for end in (_PLAIN, _BALANCED))))
     parser.add_argument('--dims', nargs='+', choices=SHARES, default=list(SHARES), help='of the number of classes')
     parser.add_argument('--trainings', nargs='+', choices=TRAININGS, default=['sgd'])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
@@ -216,7 +222,7 @@ def main() -> None:
             if samples is None:
                 samples = load_samples(data, arrays=args.arrays, grocery=args.grocery, weights=args.weights)
             dim = max(2, round(SHARES[share] * samples.num_classes))
-            setting = Setting(data, method, None if method == 'linear' else dim, training, seed)
+            setting = Setting(data, method, None if base_of(method) == 'linear' else dim, training, seed)
             if setting in runs:
                 continue
             found = run(setting, samples)
