@@ -219,21 +219,6 @@ def accuracy_tail() -> str:
     return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: bool(r['imbalance']), metrics))
 
 
-def accuracy_transfer() -> str:
-    metrics = {
-        'top-1 after 2 epochs': lambda r: r['results']['top1'],
-        'before training': lambda r: r['before_training']['top1'],
-        'nearest class mean': lambda r: r['before_training']['nearest_class_mean'],
-    }
-    return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: r['classes'] == 'second_half', metrics))
-
-
-def accuracy_new_classes() -> str:
-    metrics = {'recall@1, new classes': lambda r: r['results']['recall_at_1_new_classes'],
-               'recall@1, own classes': lambda r: r['results']['recall_at_1']}
-    return table(['method', 'd', *metrics, 'seeds'], _grouped(lambda r: r['classes'] == 'first_half', metrics))
-
-
 # --- what was measured on a GPU
 
 
@@ -344,7 +329,7 @@ def gpu() -> str:
 
 
 # Those that are made from the folder `results/accuracy`.
-_FOLDER_TABLES = (accuracy, accuracy_longer, accuracy_tail, accuracy_transfer, accuracy_new_classes)
+_FOLDER_TABLES = (accuracy, accuracy_longer, accuracy_tail)
 
 
 def options() -> str:
@@ -451,6 +436,39 @@ def suite(record: dict[str, Any]) -> str:
             + f'\n\n`placed` less the better of the two learned classifiers on the same d: {mean(ahead):+.1f} points '
               f'in the mean over {len(ahead)} rows, at worst {min(ahead):+.1f}, at best {max(ahead):+.1f}; it is more '
               f'than half a point behind in {sum(value < -0.5 for value in ahead)}.')
+
+
+def suite_parts() -> str:
+    """Top-1 of each method with the neck's batch norm and the learned scale, and without both; seed 0."""
+    methods = {'linear_bn': 'linear', 'cosine': 'cosine softmax', 'static': 'static', 'matched': 'matched',
+               'placed': '`placed`'}
+    found = {(row['data'], row['dim'], row['method']): row['top1'] for row in _record('suite')['results']
+             if row['training'] == 'sgd' and row['seed'] == 0}
+    keys = dict.fromkeys((data, dim) for data, dim, method in found if method.endswith('_plain'))
+
+    def cell(key: tuple) -> str:
+        return f'{found[key]:.1f}' if key in found else '-'
+
+    lines = [[*key, *(f'{cell((*key, method))} / {cell((*key, f"{method}_plain"))}' for method in methods)]
+             for key in keys]
+    return table(['data', 'd', *methods.values()], lines)
+
+
+def suite_tail() -> str:
+    """The long tail by cross-entropy and by balanced softmax."""
+    names = {'linear': 'linear, all features', 'linear_bn': 'linear with the neck', 'cosine': 'cosine softmax',
+             'placed': '`placed`'}
+    metrics = {'top-1': 'top1', 'top-1, rare classes': 'top1_of_rare', 'calibration error': 'calibration_error',
+               'recall@1': 'recall_at_1'}
+    lines = []
+    for end, loss in (('', 'cross-entropy'), ('_balanced', 'balanced softmax')):
+        for method, name in names.items():
+            own = [row for row in _record('suite')['results'] if (row['data'], row['method'], row['training']) ==
+                   ('long_tail', method + end, 'sgd') and row['dim'] in (50, None)]
+            if own:
+                lines.append([name, loss, own[0]['dim'] or '-',
+                              *(_mean_and_spread([row[key] for row in own]) for key in metrics.values()), len(own)])
+    return table(['classifier', 'loss', 'd', *metrics, 'seeds'], lines)
 
 
 def many_classes(record: dict[str, Any]) -> str:
@@ -565,12 +583,12 @@ def compatible(record: dict[str, Any]) -> str:
 
 
 # Those that are made from something else than a file of their own name.
-_OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, options, gpu)
+_OTHER_TABLES = (*_FOLDER_TABLES, *_FINETUNE_TABLES, suite_parts, suite_tail, options, gpu)
 
 # The pages of docs/, and their tables.
 _PAGES: dict[str, tuple[Callable[..., str], ...]] = {
     'benchmarks.md': (*_FOLDER_TABLES, demo, demo_seeds, head_step, train_step, prototypes, prototypes_large,
-                      assignment, assignment_large, gpu, suite, many_classes),
+                      assignment, assignment_large, gpu, suite, suite_parts, suite_tail, many_classes),
     'many-classes.md': (wire, million),
     'embeddings.md': (retrieval, unknown_classes),
     'fine-tune.md': _FINETUNE_TABLES,
