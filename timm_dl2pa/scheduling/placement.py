@@ -258,12 +258,15 @@ class PlacedWarmup(Warmup):
     def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Return the assignment in force, and prototypes moved once more, by the class means.
 
-        Those of classes with few samples lag behind their embeddings. With n samples, the prototype v and the class
-        mean m, they come to v + m / (1 + (n / 50)^2), normalised.
+        Those of classes with few samples lag behind their embeddings. With n samples, the prototype v and the unit
+        direction m in which the class mean lies from the mean of all, they come to v + m / (1 + (n / 50)^2), normalised.
         """
         head = self.heads[0]
         before, means = head.class_prototypes.cpu(), class_means.float()
         counts = self.placement.counts.cpu().unsqueeze(1)
+        # Early in training all embeddings lie in a narrow cone: what tells classes apart is where they lie in it.
+        seen = (counts > 0).float()
+        means = torch.nn.functional.normalize(seen * (means - means.sum(dim=0) / seen.sum().clamp_min(1)), dim=1)
         vectors = torch.nn.functional.normalize(before + means / (1 + (counts / _MEAN_HALVED_AFTER) ** 2), dim=1)
         prototypes = head.prototypes.cpu().index_copy(0, head.assignment.cpu(), vectors)
         return AssignmentResult(head.assignment.cpu(), 0, *(float((means * each).sum()) for each in (before, vectors))
