@@ -258,8 +258,9 @@ class PlacedWarmup(Warmup):
     def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Return the assignment in force, and prototypes moved once more, by the class means.
 
-        Those of classes with few samples lag behind their embeddings. With n samples, the prototype v and the unit
-        direction m in which the class mean lies from the mean of all, they come to v + m / (1 + (n / 50)^2), normalised.
+        Those of classes with few samples lag behind their embeddings. With n samples, the prototype v, and the unit
+        direction m in which the class mean lies from the mean of all, they come to v + m / (1 + (n / 50)^2),
+        normalised.
         """
         head = self.heads[0]
         before, means = head.class_prototypes.cpu(), class_means.float()
