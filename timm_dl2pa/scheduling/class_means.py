@@ -13,9 +13,9 @@ __all__ = ['ClassMeans', 'MovingClassMeans', 'directions_of', 'make_class_means'
 
 def directions_of(sums: torch.Tensor) -> torch.Tensor:
     """Return the directions of sums (C, d), float64 on the CPU: unit rows, zero where a sum is."""
-    sums = sums.to('cpu', torch.float64)
-    lengths = sums.norm(dim=1, keepdim=True)
-    return torch.where(lengths > 0, sums / lengths, 0.0)
+    directions = sums.to('cpu', torch.float64, copy=True)
+    lengths = directions.norm(dim=1, keepdim=True)
+    return directions.div_(torch.where(lengths > 0, lengths, 1.0))
 
 
 class ClassMeans:

@@ -10,6 +10,7 @@ from ..distributed import add_over_ranks
 from ..head import MANY_CLASSES, NUM_SAMPLED, ClassSample, ClassSampler, DL2PAHead
 from ..prototypes.energy import UNIFORMITY
 from ..values import real_number
+from .class_means import ClassMeans
 from .gathering import Gathering
 from .targets import shares_of
 from .warmup import Warmup
@@ -255,23 +256,26 @@ class PlacedWarmup(Warmup):
         """Let samples count by the square of the time, so that the class means are those of the end."""
         return (batches + 1.0) ** 2
 
-    def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
-        """Return the assignment in force, and prototypes moved once more, by the class means.
+    def solve(self, class_means: ClassMeans) -> tuple[AssignmentResult, torch.Tensor | None]:
+        """Move the prototypes once more, by the class means, and return the assignment in force.
 
         Those of classes with few samples lag behind their embeddings. With n samples, the prototype v, and the unit
         direction m in which the class mean lies from the mean of all, they come to v + m / (1 + (n / 50)^2),
-        normalised.
+        normalised. On the training's device: in place where it can be, for there may be very many classes.
         """
-        head = self.heads[0]
-        before, means = head.class_prototypes.cpu(), class_means.float()
-        counts = self.placement.counts.cpu().unsqueeze(1)
+        head, counts = self.heads[0], self.placement.counts.unsqueeze(1)
         # Early in training all embeddings lie in a narrow cone: what tells classes apart is where they lie in it.
-        seen = (counts > 0).float()
-        means = torch.nn.functional.normalize(seen * (means - means.sum(dim=0) / seen.sum().clamp_min(1)), dim=1)
-        vectors = torch.nn.functional.normalize(before + means / (1 + (counts / _MEAN_HALVED_AFTER) ** 2), dim=1)
-        prototypes = head.prototypes.cpu().index_copy(0, head.assignment.cpu(), vectors)
-        return AssignmentResult(head.assignment.cpu(), 0, *(float((means * each).sum()) for each in (before, vectors))
-                                ), prototypes
+        means, seen = torch.nn.functional.normalize(class_means.sums, dim=1), (counts > 0).float()
+        means.sub_(means.sum(dim=0) / seen.sum().clamp_min(1)).mul_(seen)
+        means.div_(means.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        before = head.class_prototypes
+        vectors = torch.addcmul(before, means, 1 / (1 + (counts / _MEAN_HALVED_AFTER) ** 2))
+        vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        objectives = (float(means.flatten() @ each.flatten()) for each in (before, vectors))
+        result = AssignmentResult(head.assignment.cpu(), 0, *objectives)
+        for head in self.heads:
+            head.move_class_prototypes(vectors)
+        return result, None
 
     def state_dict(self) -> dict[str, Any]:
         """See `Warmup.state_dict`. The prototypes are the model's."""

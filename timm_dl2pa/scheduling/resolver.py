@@ -98,10 +98,9 @@ class Resolver:
 
         def solve() -> tuple[AssignmentResult, torch.Tensor | None, int]:
             left_out = self._checked(class_means)
-            means = class_means.directions()
             if warmup is not None:
-                return *warmup.solve(means), left_out
-            return self._match(means, self.head.prototypes, self._in_force()), None, left_out
+                return *warmup.solve(class_means), left_out
+            return self._match(class_means.directions(), self.head.prototypes, self._in_force()), None, left_out
 
         result, prototypes, left_out = solve_on_rank_0(solve, self.head.prototypes.device)
         return self._put_in_force(result, prototypes, AssignmentUpdate(

@@ -6,7 +6,7 @@ import torch
 
 from ..assignment import MAX_SCORES, AssignmentResult, align_prototypes
 from ..head import DL2PAHead
-from .class_means import MovingClassMeans
+from .class_means import ClassMeans, MovingClassMeans
 from .warmup import Warmup
 
 __all__ = ['RotatedWarmup']
@@ -55,7 +55,7 @@ class RotatedWarmup(Warmup):
         self.class_means.to(embeddings.device).add(embeddings, targets)
         self._give_vectors()
 
-    def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
+    def solve(self, class_means: ClassMeans) -> tuple[AssignmentResult, torch.Tensor | None]:
         """Rotate and match, in turns, by the running class means. See `Warmup.solve`."""
         head, means = self.heads[0], self.class_means.centred_directions()
         aligned = align_prototypes(means, head.prototypes, seed=head.config.seed)

@@ -7,6 +7,7 @@ import torch
 
 from ..assignment import AssignmentResult
 from ..head import DL2PAHead
+from .class_means import ClassMeans
 
 __all__ = ['Warmup']
 
@@ -60,11 +61,13 @@ class Warmup(ABC):
         return 1.0
 
     @abstractmethod
-    def solve(self, class_means: torch.Tensor) -> tuple[AssignmentResult, torch.Tensor | None]:
-        """Return the assignment at its end, and the prototypes (K, d) if they change with it.
+    def solve(self, class_means: ClassMeans) -> tuple[AssignmentResult, torch.Tensor | None]:
+        """Return the assignment at its end, and the prototypes (K, d) if they all change with it.
+
+        On rank 0 alone, whose prototypes are sent to all processes after it: it may move those of the classes.
 
         Args:
-            class_means: (C, d), float64 on the CPU, the means that the scheduler kept.
+            class_means: Those that the scheduler kept, merged, on the device of the prototypes.
         """
 
     def end(self) -> None:
