@@ -476,15 +476,21 @@ def many_classes(record: dict[str, Any]) -> str:
     names = {'linear': 'linear, all features', 'linear_d': 'linear, linear', 'linear_bn': 'linear with the neck',
              'cosine': 'cosine softmax', 'sampled': 'cosine softmax, sampled', 'static': 'static',
              'placed_sampled': '`placed`, `SampledCrossEntropyLoss`'}
-    lines = [[f'{row["classes"]:,}', row['epochs'], row['dim'] or '-', names.get(row['method'], f'`{row["method"]}`'),
-              f'{row["top1"]:.1f}', f'{row["top5"]:.1f}',
-              *(f'{row[name]:.1f}' if name in row else '-' for name in ('top1_by_class_means', 'top1_primed')),
-              f'{row["recall_at_1"]:.1f}', f'{row["head_ms_a_step"]:.1f}',
-              # Where the glyphs were drawn by the same process, that took more.
-              row['peak_memory_mb'] - row['memory_before_mb'] or '-', row['seed']] for row in record['results']]
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in record['results']:
+        found.setdefault((row['classes'], row['epochs'], row['dim'], row['method']), []).append(row)
+
+    def of(rows: list[dict[str, Any]], name: str) -> str:
+        values = [row[name] for row in rows if name in row]
+        return _mean_and_spread(values) if values else '-'
+
+    lines = [[f'{classes:,}', epochs, dim or '-', names.get(method, f'`{method}`'),
+              *(of(rows, name) for name in ('top1', 'top5', 'top1_by_class_means', 'top1_primed', 'recall_at_1')),
+              f'{mean(row["head_ms_a_step"] for row in rows):.1f}',
+              f'{mean(row["peak_memory_mb"] - row["memory_before_mb"] for row in rows):.0f}', len(rows)]
+             for (classes, epochs, dim, method), rows in found.items()]
     return table(['classes', 'epochs', 'd', 'classifier', 'top-1', 'top-5', 'by class means', '`prime` at the end',
-                  'recall@1, new classes',
-                  'head, CPU ms a step', 'MiB beside data and backbone', 'seed'], lines)
+                  'recall@1, new classes', 'head, CPU ms a step', 'MiB beside data and backbone', 'seeds'], lines)
 
 
 def million(record: dict[str, Any]) -> str:
