@@ -205,8 +205,10 @@ def test_prototypes_move_until_the_warmup_ends_and_never_again():
     assert head.config.own_prototypes
 
 
-def test_at_the_end_prototypes_of_few_samples_come_to_their_class_means():
+@pytest.mark.parametrize('at_a_time', [2 ** 13, 3])
+def test_at_the_end_prototypes_of_few_samples_come_to_their_class_means(monkeypatch, at_a_time):
     """The later samples count more; a class with more samples moves less, one without any not at all."""
+    monkeypatch.setattr(placement, '_CLASSES_AT_A_TIME', at_a_time)
     head = DL2PAHead(8, 4, 3, num_prototypes=6)
     scheduler = AssignmentScheduler(head, interval=10, warmup_length=10)
     sums, counts = torch.zeros(4, 3), torch.zeros(4, 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 
 from ..assignment import AssignmentResult
 from ..distributed import add_over_ranks
@@ -25,6 +26,8 @@ _STEP_OF_A_SAMPLE = 1.5
 _HALVED_AFTER = 50
 # Samples of a class in the warm-up by which the mean of its embeddings counts half as much as its prototype.
 _MEAN_HALVED_AFTER = 50
+# Number of classes whose means are folded in at a time: of 256 dimensions, 8 MB.
+_CLASSES_AT_A_TIME = 2 ** 13
 # Largest step that keeps classes apart, in units of 1 / `_curvature`: about one over the energy's largest curvature.
 # From two over it on, the steps would overshoot and scatter the classes.
 _LONGEST = 1.5
@@ -261,21 +264,22 @@ class PlacedWarmup(Warmup):
 
         Those of classes with few samples lag behind their embeddings. With n samples, the prototype v, and the unit
         direction m in which the class mean lies from the mean of all, they come to v + m / (1 + (n / 50)^2),
-        normalised. On the training's device: in place where it can be, for there may be very many classes.
+        normalised. On the training's device, some thousand classes at a time: there may be very many.
         """
-        head, counts = self.heads[0], self.placement.counts.unsqueeze(1)
+        head, counts, before, after = self.heads[0], self.placement.counts, 0.0, 0.0
+        parts = torch.arange(head.num_classes, device=counts.device).split(_CLASSES_AT_A_TIME)
+        seen = (counts > 0).unsqueeze(1)
         # Early in training all embeddings lie in a narrow cone: what tells classes apart is where they lie in it.
-        means, seen = torch.nn.functional.normalize(class_means.sums, dim=1), (counts > 0).float()
-        means.sub_(means.sum(dim=0) / seen.sum().clamp_min(1)).mul_(seen)
-        means.div_(means.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        before = head.class_prototypes
-        vectors = torch.addcmul(before, means, 1 / (1 + (counts / _MEAN_HALVED_AFTER) ** 2))
-        vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
-        objectives = (float(means.flatten() @ each.flatten()) for each in (before, vectors))
-        result = AssignmentResult(head.assignment.cpu(), 0, *objectives)
-        for head in self.heads:
-            head.move_class_prototypes(vectors)
-        return result, None
+        centre = sum(normalize(class_means.sums[part], dim=1).sum(dim=0) for part in parts) / seen.sum().clamp_min(1)
+        for part in parts:
+            means = normalize(seen[part] * (normalize(class_means.sums[part], dim=1) - centre), dim=1)
+            weights = 1 / (1 + (counts[part].unsqueeze(1) / _MEAN_HALVED_AFTER) ** 2)
+            old = head.vectors_of(part)
+            new = normalize(old + weights * means, dim=1)
+            before, after = before + (means * old).sum(), after + (means * new).sum()
+            for each in self.heads:
+                each.move_class_prototypes(new, part)
+        return AssignmentResult(head.assignment.cpu(), 0, float(before), float(after)), None
 
     def state_dict(self) -> dict[str, Any]:
         """See `Warmup.state_dict`. The prototypes are the model's."""
