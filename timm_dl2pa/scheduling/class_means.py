@@ -77,7 +77,7 @@ class ClassMeans:
         self._note_labels(targets)
         for labels, share in shares_of(targets, self.num_classes):
             # A share of zero must not carry a NaN of the embedding into a class that the sample is not of.
-            self.sums.index_add_(0, labels, torch.where(share != 0, weight * share * embeddings, 0.0))
+            self.sums.index_add_(0, labels, torch.where(share != 0, share * embeddings, 0.0), alpha=weight)
 
     def _note_labels(self, targets: torch.Tensor) -> None:
         if targets.ndim == 1:

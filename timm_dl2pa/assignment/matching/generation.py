@@ -76,14 +76,14 @@ def best_matching(
     """
     count, width = scores.shape
     classes = np.arange(count)
-    if _is_solved_densely(scores, start, prices):
-        return _dense_matching(scores, start, prices)
-    candidates = Candidates(scores, start)
-    assignment = start
     # Prices of an earlier result mean that classes compete for prototypes. Then also classes that have their most
     # profitable prototype may have to move, so that one pass reports pairs of all classes.
     competing = prices is not None and bool(prices.any())
     prices = _initial_prices(scores) if prices is None else prices
+    if _is_solved_densely(scores, start, prices):
+        return _dense_matching(scores, start, prices)
+    candidates = Candidates(scores, start)
+    assignment = start
     best_bound, best_prices = float('inf'), prices
     all_reported = False
     for turn in counter():
@@ -113,22 +113,21 @@ def best_matching(
         prices = candidates.prices(assignment, prices)
 
 
-def _is_solved_densely(scores: Scores, start: np.ndarray, prices: np.ndarray | None) -> bool:
+def _is_solved_densely(scores: Scores, start: np.ndarray, prices: np.ndarray) -> bool:
     """Return whether a problem is small, or small enough for one in which many classes will move."""
     count, width = scores.shape
     if count * width <= _SMALL_PAIRS or count * width > _MAX_DENSE_PAIRS:
         return count * width <= _SMALL_PAIRS
     probed = np.linspace(0, count - 1, min(_PROBED_CLASSES, count)).astype(np.int64)
-    profits = scores.exact(probed) - (_initial_prices(scores) if prices is None else prices)
+    profits = scores.exact(probed) - prices
     return bool((profits.argmax(axis=1) != start[probed]).mean() > _MAX_SPARSE_SHARE)
 
 
-def _dense_matching(scores: Scores, start: np.ndarray, prices: np.ndarray | None) -> Matching:
+def _dense_matching(scores: Scores, start: np.ndarray, prices: np.ndarray) -> Matching:
     """Return what `best_matching` returns, for a small problem. It has no time limit: it takes milliseconds."""
     count, width = scores.shape
     classes = np.arange(count)
     table = scores.exact(classes)
-    prices = _initial_prices(scores) if prices is None else prices
     assignment = start
     best_bound, best_prices = float('inf'), prices
     for solved in (False, True):
