@@ -83,7 +83,7 @@ class Setting:
     def normal(self) -> 'Setting':
         """Return the setting without what does not count for its method, so that equal runs are equal settings."""
         if self.method in CLOSED_FORMS:
-            return replace(self, backbone='frozen', dim=None, epochs=0, optimizer=None, lr=None, augmented=False,
+            return replace(self, backbone='frozen', dim=self.dim if self.method == 'logistic_lda' else None, epochs=0, optimizer=None, lr=None, augmented=False,
                            prime_images=None, batch_size=None)
         images = (self.prime_images or 'plain') if is_primed(self.method) and self.augmented else None
         return replace(self, dim=None if self.method == 'linear' else self.dim, prime_images=images)
@@ -113,7 +113,7 @@ def run(setting: Setting, images: Images, weights: Path | None, cache: Path = CA
         features = features_of(model, images, pixels, passes=_PASSES if setting.augmented else 0, cache=cache)
     if setting.method in CLOSED_FORMS:
         began = time.process_time()
-        return {**_rounded(with_closed_form(setting.method, features)), 'cpu_seconds': _since(began)}
+        return {**_rounded(with_closed_form(setting.method, setting.dim, features)), 'cpu_seconds': _since(began)}
     put_classifier(model, setting.method, setting.dim, setting.seed)
     return _Training(setting, images, model, pixels, features).run()
 

@@ -165,6 +165,17 @@ def test_prime_sets_the_neck_of_a_pinned_head_alone(neck):
     assert neck == 'none' or accuracy > 0.9
 
 
+def test_a_scale_that_prime_has_set_is_held_with_its_neck(old, tmp_path):
+    old.get_classifier().hold_scale(9.0)
+    for loaded in (load_model(save_model(old, tmp_path)), timm.create_model(f'local-dir:{tmp_path}', pretrained=True),
+                   wrap_dl2pa(create(), head=old)):
+        head = loaded.get_classifier()
+        assert head.config.scale_held and head.current_scale().item() == pytest.approx(9)
+    with pytest.warns(UserWarning, match='its neck is new'):
+        new = wrap_dl2pa(create('test_vit', img_size=32), head=old).get_classifier()
+    assert not new.config.scale_held and new.current_scale().item() == pytest.approx(9)
+
+
 def test_pinned_is_saved_and_loaded(old, tmp_path):
     new = wrap_dl2pa(create(), head=old)
     folder = save_model(new, tmp_path / 'model')

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_dl2pa import AssignmentScheduler, DL2PAHead, prime
+from timm_dl2pa import AssignmentScheduler, DL2PAHead, load_head, prime
 from timm_dl2pa.scheduling import neck_fit, prime_fit
 from timm_dl2pa.scheduling.backbone_modes import BackboneModes
 from timm_dl2pa.scheduling.discriminant import Moments, fit_discriminant
@@ -144,6 +144,49 @@ def test_a_learned_scale_fits_samples_that_are_left_out():
     model.heads[0] = DL2PAHead(FEATURES, CLASSES, CLASSES - 1, scale=7.0)
     prime(model, batches(10), progress=False)
     assert model.heads[0].current_scale().item() == 7.0
+
+
+def trained(model, optimizer):
+    """The scale before and after some steps of training, on samples that were seen.
+    """
+    before = model.heads[0].current_scale().item()
+    for x, labels in batches(20):
+        nn.functional.cross_entropy(model.train()(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return before, model.heads[0].current_scale().item()
+
+
+@pytest.mark.parametrize('optimiser', [lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+                                       lambda parameters: torch.optim.Adam(parameters, lr=0.05)])
+def test_training_leaves_the_scale_as_it_was_set(optimiser):
+    model = Model(6, 'linear_bn')
+    optimizer = optimiser(model.heads.parameters())
+    before, after = trained(model, optimizer)
+    assert abs(after - before) > 0.1
+    prime(model, batches(20), progress=False)
+    optimizer = optimiser(model.heads.parameters())
+    before, after = trained(model, optimizer)
+    assert after == pytest.approx(before, rel=1e-6)
+    # Not None: DistributedDataParallel waits for a gradient of each parameter.
+    assert model.heads[0].log_scale.grad.item() == 0
+
+
+def test_a_scale_that_was_set_is_so_after_saving_and_resuming(tmp_path):
+    model = Model(6, 'linear_bn')
+    scheduler = AssignmentScheduler(model)
+    prime(model, batches(20), scheduler, progress=False)
+    resumed = Model(6, 'linear_bn')
+    resumed.load_state_dict(model.state_dict())
+    again = AssignmentScheduler(resumed)
+    assert not resumed.heads[0].config.scale_held
+    again.load_state_dict(scheduler.state_dict())
+    saved = load_head(model.heads[0].save_pretrained(tmp_path))
+    for head in (resumed.heads[0], saved, copy.deepcopy(model).heads[0]):
+        assert head.config.scale_held
+        head.current_scale().backward()
+        assert head.log_scale.grad.item() == 0
+    assert not model.heads[0].with_classes(5).config.scale_held
 
 
 def after_an_epoch(neck, optimiser):

@@ -77,6 +77,7 @@ class DL2PAConfig:
         recipe: 'placed', 'even' or 'paper'.
         pinned: Whether prototypes and assignment stay as they are, because another model has them too: no warm-up
             changes them, no re-solve and no `prime`.
+        scale_held: Whether training leaves a learned scale as it is, because `prime` has set it.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or two exclude each other.
@@ -98,6 +99,7 @@ class DL2PAConfig:
     own_prototypes: bool = False
     recipe: RecipeName = DEFAULT_RECIPE
     pinned: bool = False
+    scale_held: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -138,7 +140,7 @@ class DL2PAConfig:
         """Return the config of such a head for another number of classes.
 
         A scale that was the default for the number of classes becomes the new default. Prototypes are made from the
-        seed, unless their number is given. They are not pinned.
+        seed, unless their number is given. They are not pinned, and the scale is not held.
 
         Args:
             num_classes: C.
@@ -146,7 +148,7 @@ class DL2PAConfig:
         """
         scale = None if self.scale == default_scale(self.num_classes) else self.scale
         return replace(self, num_classes=num_classes, num_prototypes=num_prototypes, scale=scale,
-                       own_prototypes=num_prototypes is not None, pinned=False)
+                       own_prototypes=num_prototypes is not None, pinned=False, scale_held=False)
 
     def first_prototypes(self) -> torch.Tensor:
         """Make the prototypes (K, d) float32 that a head of this config begins with, where none are given.

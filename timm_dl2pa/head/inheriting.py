@@ -1,5 +1,6 @@
 """A head for another backbone, with the prototypes and the assignment of a trained one."""
 import copy
+from dataclasses import replace
 
 import torch.nn as nn
 
@@ -25,5 +26,6 @@ def taken_over(head: DL2PAHead, config: DL2PAConfig) -> DL2PAHead:
         taken.assign(head.assignment)
         if config.learn_scale:
             taken.log_scale.data.copy_(head.log_scale.data)
+        config = replace(config, scale_held=False)  # what suits a new neck is not known
     taken.config = config
     return taken

@@ -174,7 +174,8 @@ class DL2PAHead(SavedModule, nn.Module):
         if config.own_prototypes and prototypes is None:
             raise ValueError('this head was made with prototypes of its own: pass them as prototypes=.')
         arguments = dict(vars(config), prototypes=prototypes, **kwargs)
-        del arguments['own_prototypes'], arguments['pinned']
+        for kept in ('own_prototypes', 'pinned', 'scale_held'):
+            del arguments[kept]
         head = cls(**arguments)
         head.config = config
         return head
@@ -243,10 +244,24 @@ class DL2PAHead(SavedModule, nn.Module):
         return self.prototypes[self.assignment]
 
     def current_scale(self) -> torch.Tensor:
-        """Return the factor on the cosines, () float32; with a hundredth of its gradient if it is learned."""
-        if hasattr(self, 'log_scale'):
-            return numerics.slowly_learned(self.log_scale.float()).exp().squeeze(0)
-        return self.scale
+        """Return the factor on the cosines, () float32.
+
+        A learned one has a hundredth of its gradient, and of a head that `prime` has set a gradient of zero (none at
+        all is what DistributedDataParallel would wait for).
+        """
+        if not hasattr(self, 'log_scale'):
+            return self.scale
+        if torch.jit.is_scripting():
+            return self.log_scale.float().exp().squeeze(0)
+        else:
+            factor = 0.0 if self.config.scale_held else numerics.SCALE_GRADIENT
+            return numerics.slowly_learned(self.log_scale.float(), factor).exp().squeeze(0)
+
+    @torch.no_grad()
+    def hold_scale(self, scale: float) -> None:
+        """Set a scale that is learned, and leave it so in training."""
+        self.log_scale.fill_(math.log(scale))
+        self.config = replace(self.config, scale_held=True)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.

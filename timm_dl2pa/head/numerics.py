@@ -4,14 +4,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ['cosines', 'maps_as_rows', 'plain_tensor', 'rows_as_maps', 'slowly_learned', 'unit_embeddings']
+__all__ = ['SCALE_GRADIENT', 'cosines', 'maps_as_rows', 'plain_tensor', 'rows_as_maps', 'slowly_learned',
+           'unit_embeddings']
 
 # Embeddings shorter than this have no direction worth the name: they become zero, with a gradient of zero.
 _SHORTEST = 1e-6
 # Factor on the gradient of a learned scale. SGD at the network's rate raises the scale until the training samples are
 # fit, whether or not the embeddings are good: on few images a class that cost up to four points
 # (`benchmarks/results/accuracy_trials.md`). Adam's steps do not depend on it, and are small enough.
-_SCALE_GRADIENT = 0.01
+SCALE_GRADIENT = 0.01
 
 
 def _in_float32(tensor: torch.Tensor) -> AbstractContextManager:
@@ -37,7 +38,7 @@ def _divided_by_length(z: torch.Tensor, shortest: float = _SHORTEST) -> torch.Te
     return z / length.masked_fill(length < shortest, math.inf)
 
 
-def slowly_learned(parameter: torch.Tensor, factor: float = _SCALE_GRADIENT) -> torch.Tensor:
+def slowly_learned(parameter: torch.Tensor, factor: float = SCALE_GRADIENT) -> torch.Tensor:
     """Return a parameter's value, whose gradient reaches the parameter multiplied by 0.01, or another factor."""
     value = parameter.detach()
     return value + factor * (parameter - value)

@@ -19,7 +19,7 @@ _REMEDY = 'Prime the model first, and then add it.'
 # closed form has found, the steps for a new classifier would undo: on frozen features of CIFAR-100, d = 128, with AdamW
 # at 1e-4 to 3e-3 and SGD at 0.01 and 0.1, top-1 after 1, 5 and 20 epochs was up to 19 points lower than before training
 # at length 1, and less than a point lower at 10.
-_LENGTH = 10.0
+_LENGTH = 40.0
 
 
 @dataclass(frozen=True)

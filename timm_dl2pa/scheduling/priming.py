@@ -1,5 +1,4 @@
 """prime: sets a head by the features of a trained backbone, before the first step of training."""
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -109,7 +108,7 @@ class Primer:
             if neck_map is not None:
                 write_neck(head.neck, neck_map)
             if head.config.learn_scale:
-                head.log_scale.fill_(math.log(scale))
+                head.hold_scale(scale)
         if scheduler is not None:
             scheduler.skip_warmup()
         return accuracy

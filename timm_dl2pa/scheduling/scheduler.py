@@ -1,5 +1,6 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -264,7 +265,8 @@ class AssignmentScheduler:
         In a distributed run call `merge()` on every process first, save rank 0's state, and load that on all.
         """
         return {'clock': self.clock.state_dict(), 'due': self.due, 'resolver': self.resolver.state_dict(),
-                'class_means': self.class_means.state_dict(), 'warmup': self.warmup and self.warmup.saved_state()}
+                'class_means': self.class_means.state_dict(), 'warmup': self.warmup and self.warmup.saved_state(),
+                'scale_held': self.heads[0].config.scale_held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, bit for bit.
@@ -283,4 +285,6 @@ class AssignmentScheduler:
         self.resolver.load_state_dict(state['resolver'])
         self.clock.load_state_dict(state['clock'])
         self.due = state['due']
+        for head in self.heads:
+            head.config = replace(head.config, scale_held=state['scale_held'])
         self._forwards.clear()
