@@ -83,7 +83,8 @@ class Setting:
     def normal(self) -> 'Setting':
         """Return the setting without what does not count for its method, so that equal runs are equal settings."""
         if self.method in CLOSED_FORMS:
-            return replace(self, backbone='frozen', dim=self.dim if self.method == 'logistic_lda' else None, epochs=0, optimizer=None, lr=None, augmented=False,
+            dim = self.dim if self.method == 'logistic_lda' else None
+            return replace(self, backbone='frozen', dim=dim, epochs=0, optimizer=None, lr=None, augmented=False,
                            prime_images=None, batch_size=None)
         images = (self.prime_images or 'plain') if is_primed(self.method) and self.augmented else None
         return replace(self, dim=None if self.method == 'linear' else self.dim, prime_images=images)

@@ -11,7 +11,7 @@ __all__ = ['SCALE_GRADIENT', 'cosines', 'maps_as_rows', 'plain_tensor', 'rows_as
 _SHORTEST = 1e-6
 # Factor on the gradient of a learned scale. SGD at the network's rate raises the scale until the training samples are
 # fit, whether or not the embeddings are good: on few images a class that cost up to four points
-# (`benchmarks/results/accuracy_trials.md`). Adam's steps do not depend on it, and are small enough.
+# (`benchmarks/results/accuracy_trials.md`). Adam's steps do not depend on it.
 SCALE_GRADIENT = 0.01
 
 

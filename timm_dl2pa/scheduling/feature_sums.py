@@ -77,7 +77,7 @@ class FeatureSums:
             share = share.to(features)
             self.counts.index_add_(0, labels, share.squeeze(1))
             self.sums.index_add_(0, labels, share * features)
-        self.squares += features.t() @ features
+        self.squares.addmm_(features.t(), features)
         labels, share = shares[0]
         whole = share.squeeze(1) > 0.999  # mixed images have no label of their own
         self._keep(features[whole].float(), labels[whole])

@@ -16,9 +16,9 @@ _REMEDY = 'Prime the model first, and then add it.'
 
 # The weight of a primed neck is so many times longer than that of a new one. Embeddings are unit vectors, so that its
 # length changes nothing but how fast training turns it, which falls with its square (with Adam, with itself). What
-# closed form has found, the steps for a new classifier would undo: on frozen features of CIFAR-100, d = 128, with AdamW
-# at 1e-4 to 3e-3 and SGD at 0.01 and 0.1, top-1 after 1, 5 and 20 epochs was up to 19 points lower than before training
-# at length 1, and less than a point lower at 10.
+# closed form has found, the steps for a new classifier would undo. On frozen features, with AdamW at 1e-4 to 3e-3 and SGD
+# at 0.01 and 0.1, top-1 after 20 epochs was up to 19 points lower than before training at length 1, up to 3 at 10, and
+# less than one at 40 (`benchmarks/results/accuracy_trials.md`).
 _LENGTH = 40.0
 
 
@@ -54,8 +54,8 @@ class NeckMap:
         total = len(weight)
         if norm is None:
             old = linear.weight.detach().cpu().double().numpy()
-            total = _LENGTH ** 2 * np.einsum('if,fg,ig->', old, covariance, old)
-        variance = np.einsum('if,fg,ig->i', weight, covariance, weight)
+            total = _LENGTH ** 2 * _variances(old, covariance).sum()
+        variance = _variances(weight, covariance)
         factor = total / max(variance.sum(), 1e-30)
         return cls(factor ** 0.5 * weight, centre, factor * variance)
 
@@ -66,6 +66,12 @@ def refuse_sharded(model: nn.Module, what: str = 'prime') -> None:
         if any(base.__name__ in ('FullyShardedDataParallel', 'FSDPModule') for base in type(module).__mro__):
             raise ValueError(f'{what} needs whole parameters, and FSDP has sharded those of the model: call it before '
                              f'fully_shard or FullyShardedDataParallel.')
+
+
+def _variances(weight: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """Return the variance of each output of a linear map."""
+    rows = torch.from_numpy(weight)
+    return (rows @ torch.from_numpy(covariance) * rows).sum(dim=1).numpy()
 
 
 @torch.no_grad()
