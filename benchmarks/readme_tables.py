@@ -7,6 +7,7 @@
 """
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -345,7 +346,8 @@ def options() -> str:
 # --- fine-tuning
 
 _FINETUNED = {
-    'nearest_mean': 'nearest class mean', 'logistic': 'logistic regression, its best C', 'linear': '`nn.Linear`',
+    'nearest_mean': 'nearest class mean', 'logistic': 'logistic regression, its best C',
+    'logistic_lda': 'logistic regression after LDA', 'linear': '`nn.Linear`',
     'linear_bn': 'linear, batch norm, linear', 'cosine': 'cosine softmax, the same neck',
     'placed': "ours, 'placed', not primed", 'placed_primed': "ours, 'placed', primed",
     'even_primed': "ours, 'even', primed",
@@ -377,15 +379,15 @@ def _after(epochs: int, rate: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _before(row: dict[str, Any]) -> float | None:
-    return row['top1'] if row['method'] in ('nearest_mean', 'logistic') else \
-        row['before']['top1'] if row['epochs'] == 1 else None
+    return row['before']['top1'] if row['epochs'] == 1 else row['top1'] if not row['epochs'] else None
 
 
-def _frozen(data: str) -> str:
+def _frozen(data: str, model: str = 'tf_efficientnet_lite0') -> str:
     rates = {'AdamW 1e-3': 'adamw:0.001', 'SGD 0.01': 'sgd:0.01'}
     columns = {'before training': _before, **{f'{epochs} epoch{"s" * (epochs > 1)}, {name}': _after(epochs, rate)
                                               for epochs in (1, 20) for name, rate in rates.items()}}
-    return _finetuned(columns, lambda row: (row['backbone'], row['data'], row['augmented']) == ('frozen', data, False))
+    return _finetuned(columns, lambda row: (row['backbone'], row['data'], row['model'], row['augmented']) == (
+        'frozen', data, model, False))
 
 
 def finetune_frozen() -> str:
@@ -403,18 +405,49 @@ def finetune_grocery() -> str:
     return _frozen('grocery')
 
 
+def finetune_second() -> str:
+    """Top-1 on frozen features of a second backbone."""
+    return '\n\n'.join(f'{title}:\n\n{_frozen(data, "tf_efficientnet_lite1")}' for title, data in (
+        ('CIFAR-100, 20 images a class', 'cifar100:20'), ('GroceryStore', 'grocery')))
+
+
+_RATES = {'AdamW 1e-4': ('adamw', 1e-4), '1e-3': ('adamw', 1e-3), '3e-3': ('adamw', 3e-3), 'SGD 0.01': ('sgd', 1e-2),
+          '0.1': ('sgd', 1e-1)}
+
+
+def finetune_rates() -> str:
+    """Of primed heads and `nn.Linear`, top-1 before training, and what each learning rate adds to it."""
+    results = [row for row in _record('finetune')['results'] if row['backbone'] == 'frozen' and not row['augmented']
+               and row['model'] == 'tf_efficientnet_lite0' and (row['dim'] or 128) != 256]
+    lines = []
+    for data, title in (('cifar100:20', 'CIFAR-100 x 20'), ('cifar100:100', 'x 100'), ('grocery', 'GroceryStore')):
+        for method, dim in (('placed_primed', 32), ('placed_primed', 128), ('linear', None)):
+            for epochs in (1, 5, 20):
+                mine = [row for row in results if (row['data'], row['method'], row['dim'], row['epochs']) == (
+                    data, method, dim, epochs)]
+                cells = [_mean_and_spread([row['top1'] for row in mine if (row['optimizer'], row['lr']) == rate])
+                         for rate in _RATES.values()]
+                before = mean(row['before']['top1'] for row in mine) if mine else math.nan
+                lines.append([title, _FINETUNED[method], dim or '-', epochs, f'{before:.1f}', *cells])
+    return table(['data', 'classifier', 'd', 'epochs', 'before', *_RATES], lines)
+
+
 def finetune_trained() -> str:
     """Top-1 of full fine-tuning, with and without the batch norms' statistics."""
-    def column(backbone: str, epochs: int, rate: str) -> Callable[[dict[str, Any]], float | None]:
+    def column(epochs: int, rate: str, backbone: str = 'trained_but_batch_norm') -> Callable[
+            [dict[str, Any]], float | None]:
         return lambda row: _after(epochs, rate)(row) if row['backbone'] == backbone else None
-    return _finetuned({'before training': lambda row: row['before']['top1'],
-                       'statistics kept, 1 epoch at 1e-4': column('trained_but_batch_norm', 1, 'adamw:0.0001'),
-                       'kept, 5 epochs at 3e-4': column('trained_but_batch_norm', 5, 'adamw:0.0003'),
-                       'statistics trained, 1 epoch at 1e-4': column('trained', 1, 'adamw:0.0001')},
-                      lambda row: row['backbone'] != 'frozen')
+    names = {'1e-4': 'adamw:0.0001', '3e-4': 'adamw:0.0003', '1e-3': 'adamw:0.001'}
+    return _finetuned({'before': lambda row: row['before']['top1'],
+                       **{f'{epochs} epoch{"s" * (epochs > 1)}, {name}': column(epochs, rate)
+                          for epochs in (1, 5) for name, rate in names.items()},
+                       'statistics trained: 1 epoch, 1e-4': column(1, 'adamw:0.0001', 'trained'),
+                       '5 epochs, 1e-3': column(5, 'adamw:0.001', 'trained')},
+                      lambda row: row['backbone'] != 'frozen' and row['data'] == 'cifar100:20')
 
 
-_FINETUNE_TABLES = (finetune_frozen, finetune_frozen_100, finetune_grocery, finetune_trained)
+_FINETUNE_TABLES = (finetune_frozen, finetune_frozen_100, finetune_grocery, finetune_second, finetune_rates,
+                    finetune_trained)
 
 # --- many kinds of data, many classes
 

@@ -171,8 +171,9 @@ def prime(
     Where modules of the backbone are in training mode and their features differ then (batch norm, dropout), each batch
     runs in both modes, and the neck serves both: so training begins where `prime` ended. The neck is long, so that
     training turns it slowly. A learned scale is set to what suits samples that are left out, and training leaves it so:
-    the images that `prime` has seen would raise it, and the head would be too sure of itself. The scheduler's warm-up
-    is skipped, since there is an assignment already. Nothing else is changed. The memory is O(F^2 + C F). Of a pinned head
+    the images that `prime` has seen would raise it, and the head would be too sure of itself. (A saved head knows that,
+    and so does the scheduler's state; a model's state dict alone does not.) The scheduler's warm-up is skipped, since
+    there is an assignment already. Nothing else is changed. The memory is O(F^2 + C F). Of a pinned head
     (`wrap_dl2pa(head=...)`) neck and scale alone are set.
 
     Args:
