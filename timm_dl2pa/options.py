@@ -206,6 +206,6 @@ def names_of(scope: str) -> tuple[str, ...]:
 KINDS: dict[str, tuple[type, ...]] = {
     'in_features': (int,), 'num_classes': (int,), 'train_output': (str,), 'own_prototypes': (bool,),
     'pinned': (bool,),
-    'scale_held': (bool,),
+    'held_scale': (float, type(None)),
     **{spec.name: spec.metadata['kinds'] for spec in fields(PluginOptions) if spec.metadata['scope'] == 'head'},
 }

@@ -533,3 +533,7 @@ def test_a_learned_scale_has_a_hundredth_of_its_gradient(make_head):
     log_scale = head.log_scale.detach().clone().requires_grad_()
     torch.nn.functional.cross_entropy(log_scale.exp() * cosines, labels).backward()
     assert torch.allclose(head.log_scale.grad, 0.01 * log_scale.grad, rtol=1e-4) and log_scale.grad.abs() > 1e-3
+    scripted = torch.jit.script(head)
+    scripted.log_scale.grad = None
+    torch.nn.functional.cross_entropy(scripted(x), labels).backward()
+    assert torch.allclose(scripted.log_scale.grad, 0.01 * log_scale.grad, rtol=1e-4)

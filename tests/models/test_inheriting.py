@@ -170,10 +170,10 @@ def test_a_scale_that_prime_has_set_is_held_with_its_neck(old, tmp_path):
     for loaded in (load_model(save_model(old, tmp_path)), timm.create_model(f'local-dir:{tmp_path}', pretrained=True),
                    wrap_dl2pa(create(), head=old)):
         head = loaded.get_classifier()
-        assert head.config.scale_held and head.current_scale().item() == pytest.approx(9)
+        assert head.config.held_scale == 9 and head.current_scale().item() == pytest.approx(9)
     with pytest.warns(UserWarning, match='its neck is new'):
         new = wrap_dl2pa(create('test_vit', img_size=32), head=old).get_classifier()
-    assert not new.config.scale_held and new.current_scale().item() == pytest.approx(9)
+    assert new.config.held_scale is None and new.current_scale().item() == pytest.approx(9)
 
 
 def test_pinned_is_saved_and_loaded(old, tmp_path):

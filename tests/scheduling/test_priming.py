@@ -146,27 +146,28 @@ def test_a_learned_scale_fits_samples_that_are_left_out():
     assert model.heads[0].current_scale().item() == 7.0
 
 
-def trained(model, optimizer):
-    """The scale before and after some steps of training, on samples that were seen.
-    """
+def trained(model, optimizer, scheduler):
+    """The scale before and after some steps of training, on samples that were seen."""
     before = model.heads[0].current_scale().item()
     for x, labels in batches(20):
         nn.functional.cross_entropy(model.train()(x), labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
+        scheduler.step(labels)
     return before, model.heads[0].current_scale().item()
 
 
-@pytest.mark.parametrize('optimiser', [lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
-                                       lambda parameters: torch.optim.Adam(parameters, lr=0.05)])
+@pytest.mark.parametrize('optimiser', [
+    lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9, weight_decay=1e-3),
+    lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)])
 def test_training_leaves_the_scale_as_it_was_set(optimiser):
+    """Neither the gradient, nor weight decay, nor what the optimiser remembers of a training before changes it."""
     model = Model(6, 'linear_bn')
-    optimizer = optimiser(model.heads.parameters())
-    before, after = trained(model, optimizer)
-    assert abs(after - before) > 0.1
-    prime(model, batches(20), progress=False)
-    optimizer = optimiser(model.heads.parameters())
-    before, after = trained(model, optimizer)
+    optimizer, scheduler = optimiser(model.heads.parameters()), AssignmentScheduler(model)
+    before, after = trained(model, optimizer, scheduler)
+    assert abs(after - before) > 0.05
+    prime(model, batches(20), scheduler, progress=False)
+    before, after = trained(model, optimizer, scheduler)
     assert after == pytest.approx(before, rel=1e-6)
     # Not None: DistributedDataParallel waits for a gradient of each parameter.
     assert model.heads[0].log_scale.grad.item() == 0
@@ -179,14 +180,23 @@ def test_a_scale_that_was_set_is_so_after_saving_and_resuming(tmp_path):
     resumed = Model(6, 'linear_bn')
     resumed.load_state_dict(model.state_dict())
     again = AssignmentScheduler(resumed)
-    assert not resumed.heads[0].config.scale_held
-    again.load_state_dict(scheduler.state_dict())
+    assert resumed.heads[0].config.held_scale is None
+    state = scheduler.state_dict()
+    for held_scales, message in (([1e9], 'scale must be between'), ([9.0, 9.0], 'with 2 DL2PA heads, not 1')):
+        with pytest.raises(ValueError, match=message):
+            again.load_state_dict({**state, 'held_scales': held_scales})
+        assert again.warming_up and resumed.heads[0].config.held_scale is None
+    again.load_state_dict(state)
     saved = load_head(model.heads[0].save_pretrained(tmp_path))
     for head in (resumed.heads[0], saved, copy.deepcopy(model).heads[0]):
-        assert head.config.scale_held
+        assert head.config.held_scale == pytest.approx(head.current_scale().item())
         head.current_scale().backward()
         assert head.log_scale.grad.item() == 0
-    assert not model.heads[0].with_classes(5).config.scale_held
+    assert model.heads[0].with_classes(5).config.held_scale is None
+    saved.hold_scale(None)
+    saved.log_scale.grad = None
+    saved.current_scale().backward()
+    assert saved.log_scale.grad.item() > 0
 
 
 def after_an_epoch(neck, optimiser):
@@ -212,6 +222,28 @@ def test_training_does_not_undo_it(neck, optimiser, monkeypatch):
     assert after > before - 0.03
     monkeypatch.setattr(neck_fit, '_LENGTH', 0.3)
     assert after_an_epoch(neck, optimiser)[1] < before - 0.03
+
+
+def test_priming_again_does_not_lengthen_a_neck():
+    model = Model(CLASSES - 1, 'linear')
+    lengths = []
+    for _ in range(2):
+        prime(model, batches(10), progress=False)
+        lengths.append(model.heads[0].neck.weight.norm().item())
+    assert lengths[1] == pytest.approx(lengths[0], rel=1e-3)
+
+
+def test_a_primed_head_can_be_made_half():
+    """Its variances, which grow with the square of its length, stay within float16, however few dimensions have them.
+    """
+    head, labels = DL2PAHead(64, 10, 512, prototypes=torch.eye(512)[:10]), torch.arange(10).repeat(40)
+    x = 3 * torch.eye(64)[labels] + 0.1 * torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    prime(head, [(x, labels)], progress=False)
+    found = head.eval()(x)
+    assert (found.argmax(1) == labels).all()
+    with torch.no_grad():
+        half = head.half()(x.half())
+    assert head.neck[1].running_var.isfinite().all() and torch.allclose(half, found, atol=0.2)
 
 
 class Normalised(Model):

@@ -204,3 +204,15 @@ def test_prototypes_that_cannot_be_written(tmp_path, capsys):
         (tmp_path / 'file').touch()
         assert str(folder) in said_by(capsys, 'prototypes', '-k', 4, '-d', 3, '--no-recipe', '--out',
                                       folder / 'x.safetensors')
+
+
+@pytest.mark.parametrize('scales, word', [([9.0], 'set by prime'), ([None], 'learned'), ('nine', 'learned')])
+def test_a_scale_that_prime_has_set_is_known_to_be_so(good, tmp_path, capsys, scales, word):
+    contents = copy.deepcopy(good)
+    contents['task_state']['dl2pa']['scheduler']['held_scales'] = scales
+    contents['state_dict']['fc.log_scale'] = torch.tensor([9.0]).log()
+    torch.save(contents, tmp_path / 'last.pth.tar')
+    model, _, _ = load_wrapped(tmp_path / 'last.pth.tar')
+    assert model.get_classifier().config.held_scale == (pytest.approx(9) if word == 'set by prime' else None)
+    main(['inspect', str(tmp_path / 'last.pth.tar')])
+    assert f'9 ({word})' in capsys.readouterr().out

@@ -222,7 +222,7 @@ def _head_table(head: Describable, facts: Facts, kind: str) -> str:
         'prototypes': f'{config.num_prototypes:,}, unit vectors in {config.dim:,} dimensions, fixed',
         'features of the backbone': f'{config.in_features:,}',
         'neck': config.neck,
-        'scale of the cosines': f'{scale:.4g}' + (', learned' if config.learn_scale and not config.scale_held else ''),
+        'scale of the cosines': f'{scale:.4g}' + (', learned' if config.learn_scale and not config.held_scale else ''),
         'parameters of the head': f'{sum(parameter.numel() for parameter in head.parameters()):,}',
         **{escaped(name): value for name, value in facts.metrics.items()},
     }

@@ -77,7 +77,7 @@ class DL2PAConfig:
         recipe: 'placed', 'even' or 'paper'.
         pinned: Whether prototypes and assignment stay as they are, because another model has them too: no warm-up
             changes them, no re-solve and no `prime`.
-        scale_held: Whether training leaves a learned scale as it is, because `prime` has set it.
+        held_scale: The learned scale that `prime` has set, which training leaves as it is; None where it is learned.
 
     Raises:
         ValueError: A value has the wrong type or is out of range, or two exclude each other.
@@ -99,7 +99,7 @@ class DL2PAConfig:
     own_prototypes: bool = False
     recipe: RecipeName = DEFAULT_RECIPE
     pinned: bool = False
-    scale_held: bool = False
+    held_scale: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -130,6 +130,8 @@ class DL2PAConfig:
             self._set('scale', LEARNED_SCALE_START if self.learn_scale else default_scale(self.num_classes))
         check_scale(self.scale)
         self._set('scale', float(self.scale))
+        if self.held_scale is not None:
+            check_scale(self.held_scale, 'held_scale')
         if not 0 <= self.seed < 2 ** 63:
             raise ValueError(f'seed must be in 0..2^63 - 1, not {self.seed}.')
 
@@ -148,7 +150,7 @@ class DL2PAConfig:
         """
         scale = None if self.scale == default_scale(self.num_classes) else self.scale
         return replace(self, num_classes=num_classes, num_prototypes=num_prototypes, scale=scale,
-                       own_prototypes=num_prototypes is not None, pinned=False, scale_held=False)
+                       own_prototypes=num_prototypes is not None, pinned=False, held_scale=None)
 
     def first_prototypes(self) -> torch.Tensor:
         """Make the prototypes (K, d) float32 that a head of this config begins with, where none are given.

@@ -26,6 +26,6 @@ def taken_over(head: DL2PAHead, config: DL2PAConfig) -> DL2PAHead:
         taken.assign(head.assignment)
         if config.learn_scale:
             taken.log_scale.data.copy_(head.log_scale.data)
-        config = replace(config, scale_held=False)  # what suits a new neck is not known
+        config = replace(config, held_scale=None)  # what suits a new neck is not known
     taken.config = config
     return taken

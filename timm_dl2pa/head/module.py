@@ -174,7 +174,7 @@ class DL2PAHead(SavedModule, nn.Module):
         if config.own_prototypes and prototypes is None:
             raise ValueError('this head was made with prototypes of its own: pass them as prototypes=.')
         arguments = dict(vars(config), prototypes=prototypes, **kwargs)
-        for kept in ('own_prototypes', 'pinned', 'scale_held'):
+        for kept in ('own_prototypes', 'pinned', 'held_scale'):
             del arguments[kept]
         head = cls(**arguments)
         head.config = config
@@ -246,22 +246,29 @@ class DL2PAHead(SavedModule, nn.Module):
     def current_scale(self) -> torch.Tensor:
         """Return the factor on the cosines, () float32.
 
-        A learned one has a hundredth of its gradient, and of a head that `prime` has set a gradient of zero (none at
-        all is what DistributedDataParallel would wait for).
+        A learned one has a hundredth of its gradient, and where `prime` has set it a gradient of zero. (None at all is
+        what DistributedDataParallel would wait for. A scripted head knows no config, and goes on learning its scale.)
         """
         if not hasattr(self, 'log_scale'):
             return self.scale
         if torch.jit.is_scripting():
-            return self.log_scale.float().exp().squeeze(0)
+            return numerics.slowly_learned(self.log_scale.float()).exp().squeeze(0)
         else:
-            factor = 0.0 if self.config.scale_held else numerics.SCALE_GRADIENT
+            factor = numerics.SCALE_GRADIENT if self.config.held_scale is None else 0.0
             return numerics.slowly_learned(self.log_scale.float(), factor).exp().squeeze(0)
 
+    def hold_scale(self, scale: float | None) -> None:
+        """Set a scale that is learned, and leave it so in training; None: let it be learned again, from where it is."""
+        self.config = replace(self.config, held_scale=scale)
+        self.restore_scale()
+
     @torch.no_grad()
-    def hold_scale(self, scale: float) -> None:
-        """Set a scale that is learned, and leave it so in training."""
-        self.log_scale.fill_(math.log(scale))
-        self.config = replace(self.config, scale_held=True)
+    def restore_scale(self) -> None:
+        """Undo what weight decay and an optimiser's momentum have done to a scale that is held."""
+        log_scale = self._parameters.get('log_scale')
+        # One that FSDP has sharded is no plain tensor, or none of the head's parameters.
+        if self.config.held_scale is not None and log_scale is not None and type(log_scale.data) is torch.Tensor:
+            log_scale.fill_(math.log(self.config.held_scale))
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return unit embeddings (B, d), float32, of features (B, in_features); maps of maps, as `forward` takes them.

@@ -121,7 +121,7 @@ def dl2pa(
                         in_chans=kwargs.get('in_chans', 3), filter_fn=_fit_head, cache_dir=cache_dir)
         if repository and saved.head is not None and saved.num_classes == model.num_classes:
             for head in heads_of(model):
-                head.config = replace(head.config, pinned=saved.head.pinned, scale_held=saved.head.scale_held)
+                head.config = replace(head.config, pinned=saved.head.pinned, held_scale=saved.head.held_scale)
     else:
         for name in _SOURCE_ENTRIES:
             cfg.pop(name, None)

@@ -20,6 +20,8 @@ _REMEDY = 'Prime the model first, and then add it.'
 # SGD at 0.01 and 0.1, top-1 after 20 epochs was up to 19 points lower than before training at length 1, up to 3 at 10,
 # and less than one at 40 (`benchmarks/results/accuracy_trials.md`).
 _LENGTH = 40.0
+# The batch norm's variances grow with its square. They stay within float16, which ends at 65,504.
+_LARGEST_VARIANCE = 6e4
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,19 @@ class NeckMap:
     def of(cls, neck: nn.Module, weight: np.ndarray, centre: np.ndarray, covariance: np.ndarray) -> 'NeckMap':
         """Return a map as long as suits a neck.
 
-        The outputs of a linear neck have `_LENGTH` times the length that they have. After a batch norm their total
-        variance is d.
+        The outputs of a linear neck have `_LENGTH` times the length that those of a new one have. After a batch norm
+        their total variance is d.
 
         Args:
-            neck: As it is now.
+            neck: With or without a batch norm.
             weight: (d, F), of any length.
             centre: (F,).
             covariance: (F, F), of the features.
         """
-        linear, norm = _layers(neck)
         total = len(weight)
-        if norm is None:
-            old = linear.weight.detach().cpu().double().numpy()
-            total = _LENGTH ** 2 * _variances(old, covariance).sum()
+        if _layers(neck)[1] is None:
+            # torch draws the weights of a new layer from -1 / sqrt(F) to 1 / sqrt(F): their variance is 1 / (3 F).
+            total *= _LENGTH ** 2 * covariance.trace() / (3 * len(covariance))
         variance = _variances(weight, covariance)
         factor = total / max(variance.sum(), 1e-30)
         return cls(factor ** 0.5 * weight, centre, factor * variance)
@@ -114,14 +115,16 @@ def check_neck(head: DL2PAHead, wanted: NeckMap | None = None) -> None:
 def write_neck(neck: nn.Module, wanted: NeckMap) -> None:
     """Write a map into a neck, unchecked."""
     linear, norm = _layers(neck)
-    _write(linear, 'weight', wanted.weight if norm is None else _LENGTH * wanted.weight)
     if norm is None:
+        _write(linear, 'weight', wanted.weight)
         _write(linear, 'bias', -wanted.weight @ wanted.centre)
         return
+    length = min(_LENGTH, (_LARGEST_VARIANCE / max(wanted.variance.max(), 1e-30)) ** 0.5)
+    _write(linear, 'weight', length * wanted.weight)
     # Batch norm divides by the deviation and multiplies by it again: together they are the linear map.
     norm.running_mean.copy_(torch.from_numpy(linear.weight.detach().cpu().double().numpy() @ wanted.centre))
-    norm.running_var.copy_(torch.from_numpy(_LENGTH ** 2 * wanted.variance))
-    _write(norm, 'weight', np.sqrt(wanted.variance + norm.eps / _LENGTH ** 2))
+    norm.running_var.copy_(torch.from_numpy(length ** 2 * wanted.variance))
+    _write(norm, 'weight', np.sqrt(wanted.variance + norm.eps / length ** 2))
     _write(norm, 'bias', np.zeros(len(wanted.variance)))
 
 

@@ -1,6 +1,5 @@
 """AssignmentScheduler: keeps class means during training and re-solves the assignment from them."""
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -184,6 +183,8 @@ class AssignmentScheduler:
         self.class_means.count(tally)
         if self.warmup:
             self.warmup.add(embeddings, targets, self.clock.share_of(self.warmup_length))
+        for head in self.heads:
+            head.restore_scale()
         self._forwards.clear()
         self._watch.on_step(len(targets))
         self._count('batches')
@@ -266,7 +267,7 @@ class AssignmentScheduler:
         """
         return {'clock': self.clock.state_dict(), 'due': self.due, 'resolver': self.resolver.state_dict(),
                 'class_means': self.class_means.state_dict(), 'warmup': self.warmup and self.warmup.saved_state(),
-                'scale_held': self.heads[0].config.scale_held}
+                'held_scales': [head.config.held_scale for head in self.heads]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, bit for bit.
@@ -285,6 +286,6 @@ class AssignmentScheduler:
         self.resolver.load_state_dict(state['resolver'])
         self.clock.load_state_dict(state['clock'])
         self.due = state['due']
-        for head in self.heads:
-            head.config = replace(head.config, scale_held=state['scale_held'])
+        for head, scale in zip(self.heads, state['held_scales']):
+            head.hold_scale(scale)
         self._forwards.clear()

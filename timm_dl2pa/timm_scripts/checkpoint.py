@@ -33,12 +33,14 @@ class AssignmentRecord:
         due: Whether a re-solve is due.
         history: The updates, each with the values of an `AssignmentUpdate` by their names.
         class_sums: (C, d) sums of the classes' embeddings; None if they are unknown.
+        is_scale_held: Whether `prime` has set the scale, so that it is not learned.
     """
     batches: int
     epochs: int
     due: bool
     history: list[dict[str, Any]]
     class_sums: torch.Tensor | None
+    is_scale_held: bool
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _checked_record(task: dict[str, Any]) -> AssignmentRecord:
         scheduler, batches = task['scheduler'], task['batches']
         clock, history = scheduler['clock'], scheduler['resolver']['history']
         steps, epochs = clock['batches'], clock['epochs']
-        means, due = scheduler.get('class_means'), scheduler.get('due')
+        means, due, scales = scheduler.get('class_means'), scheduler.get('due'), scheduler.get('held_scales')
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f'{where} is not the state of an AssignmentScheduler: {type(error).__name__} '
                          f'{one_line(error)}.') from None
@@ -234,7 +236,8 @@ def _checked_record(task: dict[str, Any]) -> AssignmentRecord:
     else:
         _check_is_stored(sums, f'{where}.class_means.sums')
     return AssignmentRecord(batches=steps, epochs=epochs + bool(batches), due=due is True,
-                            history=history, class_sums=sums)
+                            history=history, class_sums=sums,
+                            is_scale_held=isinstance(scales, list) and any(is_kind(scale, float) for scale in scales))
 
 
 def _checked_head(tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,9 @@ def load_wrapped(
             _check_size(name, arguments, state)
             wrapped = wrap_dl2pa(timm.create_model(name, num_classes=len(assignment), **arguments), **head)
         wrapped.load_state_dict(state)
+        if checkpoint.record is not None and checkpoint.record.is_scale_held:
+            for each in heads_of(wrapped):
+                each.hold_scale(each.current_scale().item())
     except OSError:
         raise
     except Exception as error:  # timm's models raise whatever their arguments lead to

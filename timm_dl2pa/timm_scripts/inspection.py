@@ -44,7 +44,8 @@ def inspect_checkpoint(path: str | Path, all_classes: bool = False) -> Iterator[
     for prefix, (prototypes, assignment) in heads.items():
         state = checkpoint.state
         if prefix + 'log_scale' in state:
-            scale = f'{state[prefix + "log_scale"].float().exp().item():.4g} (learned)'
+            held = checkpoint.record is not None and checkpoint.record.is_scale_held
+            scale = f'{state[prefix + "log_scale"].float().exp().item():.4g} ({"set by prime" if held else "learned"})'
         else:
             scale = f'{state[prefix + "scale"].item():.4g}' if prefix + 'scale' in state else 'unknown'
         neck = sum(value.numel() for name, value in state.items() if isinstance(value, torch.Tensor)
