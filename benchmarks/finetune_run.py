@@ -109,21 +109,24 @@ def run(setting: Setting, images: Images, weights: Path | None, cache: Path = CA
     torch.manual_seed(setting.seed)
     model = load_backbone(setting.model, weights, images.num_classes)
     pixels = Pixels(model, setting.size)
-    features = None
+    features = plain = None
     if setting.backbone == 'frozen':
-        features = features_of(model, images, pixels, passes=_PASSES if setting.augmented else 0, cache=cache)
+        plain = features_of(model, images, pixels, passes=0, cache=cache)
+        features = features_of(model, images, pixels, passes=_PASSES, cache=cache) if setting.augmented else plain
     if setting.method in CLOSED_FORMS:
         began = time.process_time()
         return {**_rounded(with_closed_form(setting.method, setting.dim, features)), 'cpu_seconds': _since(began)}
     put_classifier(model, setting.method, setting.dim, setting.seed)
-    return _Training(setting, images, model, pixels, features).run()
+    return _Training(setting, images, model, pixels, features, plain).run()
 
 
 class _Training:
     """A training: of the classifier alone, on features, or of the whole model, on images."""
 
-    def __init__(self, setting: Setting, images: Images, model: nn.Module, pixels: Pixels, features: Features | None):
-        self.setting, self.images, self.model, self.pixels, self.features = setting, images, model, pixels, features
+    def __init__(self, setting: Setting, images: Images, model: nn.Module, pixels: Pixels, features: Features | None,
+                 plain_features: Features | None):
+        self.setting, self.images, self.model, self.pixels = setting, images, model, pixels
+        self.features, self.plain_features = features, plain_features
         self.classifier = model.get_classifier()
         self.trained = model if features is None else self.classifier
         self.generator = torch.Generator().manual_seed(setting.seed)
@@ -185,7 +188,8 @@ class _Training:
             if len(index) < setting.batch_size and not plain:
                 break
             if self.features is not None:
-                x = self.features.passes[epoch % len(self.features.passes)][index]
+                passes = (self.plain_features if plain else self.features).passes
+                x = passes[epoch % len(passes)][index]
             else:
                 augmented = setting.augmented and not plain
                 x = self.pixels(self.images.x_train[index], self.generator if augmented else None)
