@@ -81,6 +81,14 @@ def test_the_whole_model_is_trained(command):
     assert kept['first_loss'] == pytest.approx(kept['first_loss_evaluated'], rel=1e-3)
 
 
+def test_a_head_is_primed_on_plain_images_where_training_sees_augmented_ones(command):
+    words = ('--methods', 'placed_primed', '--epochs', '1')
+    _, (plain,) = command(*words)
+    _, rows = command(*words, '--augmented', '--prime-images', 'plain', 'augmented')
+    by_images = {row['prime_images']: row['before'] for row in rows if row['augmented']}
+    assert by_images['plain'] == plain['before'] != by_images['augmented']
+
+
 def test_rows_of_another_machine_are_not_mixed_in(command, tmp_path):
     command('--methods', 'nearest_mean')
     path = tmp_path / 'finetune.json'
