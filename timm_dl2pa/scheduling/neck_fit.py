@@ -17,8 +17,8 @@ _REMEDY = 'Prime the model first, and then add it.'
 # The weight of a primed neck is so many times longer than that of a new one. Embeddings are unit vectors, so that its
 # length changes nothing but how fast training turns it, which falls with its square (with Adam, with itself). What
 # closed form has found, the steps for a new classifier would undo. On frozen features, with AdamW at 1e-4 to 3e-3 and
-# SGD at 0.01 and 0.1, top-1 was up to 19 points lower than before training at length 1, up to 3 at 10, and less than one
-# at 40 (the last two: `benchmarks/results/accuracy_trials.md`).
+# SGD at 0.01 and 0.1, top-1 was up to 19 points lower than before training at length 1, up to 3 at 10, and less than
+# one at 40 (the last two: `benchmarks/results/accuracy_trials.md`).
 _LENGTH = 40.0
 # The batch norm's variances grow with its square. They stay within float16, which ends at 65,504.
 _LARGEST_VARIANCE = 6e4
