@@ -182,7 +182,8 @@ def test_a_scale_that_was_set_is_so_after_saving_and_resuming(tmp_path):
     again = AssignmentScheduler(resumed)
     assert resumed.heads[0].config.held_scale is None
     state = scheduler.state_dict()
-    for held_scales, message in (([1e9], 'scale must be between'), ([9.0, 9.0], 'with 2 DL2PA heads, not 1')):
+    for held_scales, message in ((None, 'held_scales must be list'), ([1e9], 'scale must be between'),
+                                 ([9.0, 9.0], 'with 2 DL2PA heads, not 1')):
         with pytest.raises(ValueError, match=message):
             again.load_state_dict({**state, 'held_scales': held_scales})
         assert again.warming_up and resumed.heads[0].config.held_scale is None

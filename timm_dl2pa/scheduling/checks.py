@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from ..head import DL2PAHead, left_out_by_peft
 from ..head.config import check_scale
-from ..values import real_number, whole_number
+from ..values import checked_value, real_number, whole_number
 
 __all__ = ['check_heads', 'check_numbers', 'check_same_classes', 'check_scheduler_state', 'settled_by_pinned']
 
@@ -73,10 +73,11 @@ def check_scheduler_state(own: dict[str, Any], state: dict[str, Any], **parts: A
     differ = sorted(own.keys() ^ state.keys())
     if differ:
         raise ValueError(f'the saved state of the scheduler lacks, or does not know, {", ".join(differ)}.')
-    if len(state['held_scales']) != len(own['held_scales']):
-        raise ValueError(f'the saved state is of a model with {len(state["held_scales"])} DL2PA heads, not '
+    scales = checked_value('held_scales', state['held_scales'], list)
+    if len(scales) != len(own['held_scales']):
+        raise ValueError(f'the saved state is of a model with {len(scales)} DL2PA heads, not '
                          f'{len(own["held_scales"])}.')
-    for scale in state['held_scales']:
+    for scale in scales:
         if scale is not None:
             check_scale(real_number('held_scales', scale))
     for name, part in parts.items():
